@@ -1,0 +1,548 @@
+"""Text to tokenizer and token shards (a command), and from the shards a deterministic multilingual stream of rows.
+
+    python data.py TEXT_DIR DATA_DIR --vocab-size 150000
+
+TEXT_DIR holds <lang>.<ext> or <lang>/*, ext being txt (documents parted by blank lines), jsonl or json (one object a
+line with its text under "text", as mC4 is released), each also .gz or .xz. DATA_DIR gets tokenizer.model, shards
+<lang>.<split>.<number>.bin and, last of all, meta.json: a folder without it is not finished.
+
+The stream: languages are sampled in proportion to tokens ** alpha (Soltan et al. 2023: 0.5), rows are packed full and
+documents closed by </s>. Sample i is a pure function of (seed, i).
+"""
+
+import argparse
+import gzip
+import io
+import json
+import lzma
+import os
+import random
+import sys
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache
+from hashlib import blake2b, sha256
+from heapq import heappop, heappush
+from pathlib import Path
+
+import numpy as np
+import sentencepiece as spm
+from tqdm import tqdm
+
+from objectives import ORDER, SpecialIds, sample_rng
+
+HERE = Path(__file__).resolve().parent
+SAMPLE_TEXT, SAMPLE_DATA = HERE / "sample" / "text", HERE / "sample" / "data"  # the embedded corpus, and its shards
+SAMPLE_OPTIONS = dict(vocab_size=4000, valid_fraction=0.15, seed=0)
+
+EXTENSIONS = tuple(f".{kind}{packed}" for kind in ("txt", "jsonl", "json") for packed in ("", ".gz", ".xz"))
+TOKENIZER_CHARS = 8_000_000  # characters the tokenizer is trained on, in equal shares of the languages
+BLOCK_BYTES = 1 << 19  # text handed to a worker at a time
+MAX_DOCUMENT = 1 << 20  # bytes; a longer run of lines without a blank one is cut, so that memory stays constant
+MAX_LINE = 1 << 26  # bytes
+SHARD_TOKENS = 1 << 28
+MAGIC = b"tokens01"
+HEADER = 32  # bytes: the magic, 16 of the tokenizer's sha256, the number of tokens
+
+
+class InputError(ValueError):
+    """A mistake of the user's: one line that names what is wrong and the remedy; the commands exit with status 2."""
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Runs a command's main function; an InputError becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except InputError as error:
+        if os.environ.get("RANK", "0") == "0":  # under torchrun every process finds the same mistake
+            print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+# Text --------------------------------------------------------------------------------------------------------------
+
+
+def find_text(folder: Path) -> dict[str, list[Path]]:
+    """The text files of every language in a folder, in a fixed order. Raises InputError if there are none."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; it should hold <lang>.txt or <lang>/*.txt (also jsonl, .gz, .xz)")
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        files = [p for p in files if p.name.endswith(EXTENSIONS)]
+        if files and not path.name.startswith("."):
+            found.setdefault(path.name.split(".")[0], []).extend(files)
+    if not found:
+        raise InputError(f"{folder}: no text in it; it should hold <lang>.txt or <lang>/*.txt (also jsonl, .gz, .xz)")
+    return found
+
+
+def raw_documents(path: Path, progress: Callable[[int], None] = lambda n: None) -> Iterator[tuple[int, bytes]]:
+    """Undecoded documents of a file as (number of the first line, bytes); progress is told of bytes read from disk.
+
+    Raises InputError for a damaged archive or a line over 64 MB.
+    """
+    is_text = ".txt" in path.suffixes
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, lambda raw: raw)
+    number, first, size, lines, seen = 0, 1, 0, [], 0
+    try:
+        with open(path, "rb") as raw, io.BufferedReader(opener(raw), 1 << 20) as file:
+            while line := file.readline(MAX_LINE):
+                number += 1
+                if len(line) == MAX_LINE:
+                    raise InputError(f"{path}:{number}: a line of over {MAX_LINE >> 20} MB; break it up")
+                blank = not line.strip()
+                if lines and (not is_text or blank or size + len(line) > MAX_DOCUMENT):
+                    yield first, b"".join(lines)
+                    lines, size = [], 0
+                if not blank:
+                    first = first if lines else number
+                    lines.append(line)
+                    size += len(line)
+                if raw.tell() != seen:
+                    progress(raw.tell() - seen)
+                    seen = raw.tell()
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise InputError(f"{path}: a damaged archive after line {number} ({error}); fetch it again") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    if lines:
+        yield first, b"".join(lines)
+
+
+def document_text(path: Path, number: int, raw: bytes) -> str:
+    """The text of a raw document. Raises InputError with file and line for bad UTF-8, JSON or a missing "text"."""
+    try:
+        text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        if ".txt" in path.suffixes:
+            return text
+        text = json.loads(text)["text"]
+        if not isinstance(text, str):
+            raise TypeError
+        text.encode()  # JSON can spell half a surrogate pair, which no file can hold
+        return text
+    except UnicodeDecodeError as error:
+        line = number + raw.count(b"\n", 0, error.start)
+        raise InputError(f"{path}:{line}: not UTF-8 (byte {raw[error.start]:#04x}); convert the file") from None
+    except UnicodeEncodeError:
+        raise InputError(f"{path}:{number}: half a surrogate pair in the text; repair or remove the line") from None
+    except (json.JSONDecodeError, RecursionError):
+        raise InputError(f"{path}:{number}: not JSON; each line must be one object with a \"text\"") from None
+    except (KeyError, TypeError):
+        raise InputError(f"{path}:{number}: no \"text\" string in this line's object") from None
+
+
+def text_lines(text: str) -> list[str]:
+    """The lines of a document that hold anything; a document's tokens are those of its lines, one after the other."""
+    return [line for line in (part.strip("\r") for part in text.split("\n")) if line.strip()]
+
+
+# Tokenizer ---------------------------------------------------------------------------------------------------------
+
+
+def sample_lines(files: list[Path], n_chars: int, seed: int) -> list[str]:
+    """A uniform sample of about n_chars characters of lines, from at most 32 times as much text, spread over files."""
+    rng, kept, size, seen = random.Random(seed), [], 0, 0
+    files = rng.sample(files, len(files))
+    share = max(1 << 20, 32 * n_chars // len(files))
+    for path in files:
+        read = 0
+        for number, raw in raw_documents(path):
+            for line in text_lines(document_text(path, number, raw)):
+                line = line[:4000]  # the trainer's limit is in bytes, of which a character has at most four
+                seen, size = seen + 1, size + len(line)
+                heappush(kept, (-rng.random(), seen, line))
+                while size > n_chars:  # the lines with the smallest random keys stay
+                    size -= len(heappop(kept)[-1])
+            read += len(raw)
+            if read > share:
+                break
+    return [line for *_, line in sorted(kept)]
+
+
+def train_tokenizer(text: dict[str, list[Path]], vocab_size: int, seed: int) -> bytes:
+    """A SentencePiece unigram model (Kudo 2018) in which every Unicode text survives encoding and decoding.
+
+    No normalisation, spaces kept, bytes for characters outside the vocabulary; U+2581, SentencePiece's own sign for a
+    space, is the one character that comes back as another. Raises InputError where the text cannot fill vocab_size.
+    """
+    lines = [line for files in text.values() for line in sample_lines(files, TOKENIZER_CHARS // len(text), seed)]
+    if not lines:
+        raise InputError("no text to train a tokenizer on: every file is empty")
+    random.Random(seed).shuffle(lines)
+    ids, model = SpecialIds(vocab_size), io.BytesIO()
+    names = {ids.mask: "<mask>", ids.clm: "[CLM]"} | {ids.sentinel + k: f"<extra_id_{k}>" for k in range(ids.n_sentinels)}
+    try:
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            pad_id=ids.pad,
+            bos_id=ids.bos,
+            eos_id=ids.eos,
+            unk_id=ids.unk,
+            pad_piece="<pad>",
+            control_symbols=[names[i] for i in sorted(names)],  # never made from text, whatever it says
+            max_sentence_length=1 << 16,
+            num_threads=8,  # a constant: the result depends on it
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise InputError(f"--vocab-size {vocab_size} does not fit this text: {str(error).split('] ')[-1]}") from None
+    return model.getvalue()
+
+
+def load_tokenizer(model: bytes, name: object) -> spm.SentencePieceProcessor:
+    """Raises InputError unless `model` is a SentencePiece model with this project's special ids; name is for the error."""
+    tokenizer = spm.SentencePieceProcessor()
+    try:
+        tokenizer.LoadFromSerializedProto(model)
+        ids = SpecialIds(tokenizer.vocab_size())
+        fits = ids.vocab_size > ids.ordinary and [tokenizer.id_to_piece(i) for i in (ids.pad, ids.mask, ids.ordinary - 1)]
+    except (RuntimeError, IndexError):
+        raise InputError(f"{name}: not a SentencePiece model") from None
+    if fits != ["<pad>", "<mask>", f"<extra_id_{ids.n_sentinels - 1}>"]:
+        raise InputError(f"{name}: its special tokens are not this project's; train one with `python data.py`")
+    return tokenizer
+
+
+# Shards ------------------------------------------------------------------------------------------------------------
+
+
+def _token_type(vocab_size: int) -> np.dtype:
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def _header(model: bytes, n_tokens: int) -> bytes:
+    return MAGIC + sha256(model).digest()[:16] + n_tokens.to_bytes(8, "little")
+
+
+class _ShardWriter:
+    """Appends tokens to <name>.<number>.bin, starting another file at SHARD_TOKENS; `shards` lists [file, tokens]."""
+
+    def __init__(self, folder: Path, name: str, model: bytes):
+        self.folder, self.name, self.model, self.shards, self.file = folder, name, model, [], None
+
+    def write(self, tokens: np.ndarray) -> None:
+        if self.file is None or self.shards[-1][1] >= SHARD_TOKENS:
+            self.close()
+            self.shards.append([f"{self.name}.{len(self.shards):03d}.bin", 0])
+            self.file = open(self.folder / self.shards[-1][0], "wb")
+            self.file.write(_header(self.model, 0))
+        self.file.write(tokens.tobytes())
+        self.shards[-1][1] += len(tokens)
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.seek(0)
+            self.file.write(_header(self.model, self.shards[-1][1]))
+            self.file.close()
+            self.file = None
+
+
+_worker: dict = {}  # what a worker process keeps between blocks
+
+
+def _start_worker(model: bytes, seed: int, valid_fraction: float) -> None:
+    tokenizer = load_tokenizer(model, "tokenizer")
+    _worker.update(tokenizer=tokenizer, seed=seed.to_bytes(8, "little"), valid_fraction=valid_fraction)
+
+
+def _encode_block(path: Path, block: list[tuple[int, bytes]]) -> tuple[dict[str, np.ndarray], int, int, int]:
+    """Tokens of a block of raw documents by split, and how many documents, bytes and words they have.
+
+    The split is decided by a hash of the document's text: it does not depend on how the text is spread over files,
+    and a document that occurs twice is never on both sides.
+    """
+    tokenizer, tokens, n_bytes, n_words = _worker["tokenizer"], {"train": [], "valid": []}, 0, 0
+    type_ = _token_type(tokenizer.vocab_size())
+    for number, raw in block:
+        text = document_text(path, number, raw)
+        lines = text_lines(text)
+        key = blake2b(text.strip().encode(), digest_size=8, key=_worker["seed"]).digest()
+        split = "valid" if int.from_bytes(key, "little") < _worker["valid_fraction"] * 2**64 else "train"
+        for line in tokenizer.encode(lines):
+            tokens[split].append(np.array(line, type_))
+        tokens[split].append(np.array([SpecialIds.eos], type_))
+        n_bytes += len(raw)
+        n_words += len(text.split())
+    return {split: np.concatenate(parts) for split, parts in tokens.items() if parts}, len(block), n_bytes, n_words
+
+
+def _blocks(files: list[Path], progress: Callable[[int], None]) -> Iterator[tuple[Path, list[tuple[int, bytes]]]]:
+    """Raw documents of the files, in order, in blocks of about BLOCK_BYTES."""
+    for path in files:
+        block, size = [], 0
+        for document in raw_documents(path, progress):
+            block.append(document)
+            size += len(document[1])
+            if size > BLOCK_BYTES:
+                yield path, block
+                block, size = [], 0
+        if block:
+            yield path, block
+
+
+def _in_order(n_workers: int, start_worker: tuple, work: Callable, arguments: Iterator[tuple]) -> Iterator:
+    """work(*a) for each a in arguments, in order, on n_workers processes, with a bounded number under way."""
+    if n_workers == 1:
+        _start_worker(*start_worker)
+        yield from (work(*a) for a in arguments)
+        return
+    with ProcessPoolExecutor(n_workers, initializer=_start_worker, initargs=start_worker) as pool:
+        under_way: deque = deque()
+        for a in arguments:
+            under_way.append(pool.submit(work, *a))
+            if len(under_way) > 4 * n_workers:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+
+
+def prepare(
+    text_dir: Path,
+    data_dir: Path,
+    vocab_size: int,
+    tokenizer: Path | None = None,
+    valid_fraction: float = 0.01,
+    seed: int = 0,
+    alpha: float = 0.5,
+    n_workers: int = 1,
+) -> dict:
+    """Text to tokenizer and shards; returns what it wrote to meta.json. Raises InputError and leaves no meta.json."""
+    text = find_text(text_dir)
+    if data_dir.exists() and (not data_dir.is_dir() or any(data_dir.iterdir())):
+        raise InputError(f"{data_dir}: exists and is not an empty folder; remove it or name another")
+    try:
+        model = tokenizer.read_bytes() if tokenizer else train_tokenizer(text, vocab_size, seed)
+    except OSError as error:
+        raise InputError(f"{tokenizer}: cannot be read ({error.strerror})") from None
+    vocab_size = load_tokenizer(model, tokenizer).vocab_size()
+    data_dir.mkdir(parents=True, exist_ok=True)
+    languages = {}
+    total = sum(path.stat().st_size for files in text.values() for path in files)
+    try:
+        (data_dir / "tokenizer.model").write_bytes(model)
+        with tqdm(total=total, unit="B", unit_scale=True, desc="encoding", disable=None) as bar:
+            for language, files in text.items():
+                bar.set_postfix_str(language)
+                writers = {split: _ShardWriter(data_dir, f"{language}.{split}", model) for split in ("train", "valid")}
+                counts, totals = np.zeros(vocab_size, np.int64), np.zeros(3, np.int64)
+                start_worker = (model, seed, valid_fraction)
+                for tokens, *figures in _in_order(n_workers, start_worker, _encode_block, _blocks(files, bar.update)):
+                    totals += figures
+                    for split, part in tokens.items():
+                        writers[split].write(part)
+                    if "train" in tokens:
+                        counts += np.bincount(tokens["train"], minlength=vocab_size)
+                for writer in writers.values():
+                    writer.close()
+                if not counts.any():
+                    raise InputError(f"{text_dir}: no text for {language!r}, or all of it held out; add text or remove it")
+                p = counts[counts > 0] / counts.sum()
+                languages[language] = dict(
+                    zip(("documents", "bytes", "words"), totals.tolist()),
+                    unigram_entropy=float(-(p * np.log(p)).sum()),
+                    **{split: writer.shards for split, writer in writers.items()},
+                )
+        meta = dict(vocab_size=vocab_size, seed=seed, valid_fraction=valid_fraction, languages=languages)
+        part = data_dir / "meta.json.part"
+        part.write_text(json.dumps(meta, indent=1), "utf-8")
+        part.rename(data_dir / "meta.json")
+    except BrokenProcessPool:
+        raise InputError(f"{data_dir}: a worker process died (out of memory?); remove the folder and try again") from None
+    except OSError as error:
+        raise InputError(f"{data_dir}: cannot be written ({error.strerror}); make room, remove it, try again") from None
+    return meta
+
+
+def shares(tokens: dict[str, int], alpha: float) -> dict[str, float]:
+    """Sampling probability of each language: proportional to tokens ** alpha (Soltan et al. 2023, "Data")."""
+    weights = {language: n**alpha for language, n in tokens.items()}
+    return {language: weight / sum(weights.values()) for language, weight in weights.items()}
+
+
+def n_tokens(meta: dict, split: str) -> dict[str, int]:
+    """Tokens of each language in a split of a data folder."""
+    return {language: sum(n for _, n in entry[split]) for language, entry in meta["languages"].items()}
+
+
+def print_table(meta: dict, alpha: float) -> None:
+    train, valid = n_tokens(meta, "train"), n_tokens(meta, "valid")
+    share = shares(train, alpha)
+    print("language  documents      tokens    held out         bytes  tokens/word  share")
+    for language, entry in meta["languages"].items():
+        tokens = train[language] + valid[language]
+        print(
+            f"{language:8} {entry['documents']:10,} {train[language]:11,} {valid[language]:11,} {entry['bytes']:13,}"
+            f" {tokens / entry['words']:12.2f} {share[language]:6.1%}"
+        )
+
+
+# The stream --------------------------------------------------------------------------------------------------------
+
+
+class _Tokens:
+    """The tokens of several shards as one sequence, read through memory maps."""
+
+    def __init__(self, folder: Path, shards: list, model: bytes, type_: np.dtype):
+        self.maps = []
+        for name, n in shards:
+            path = folder / name
+            try:
+                with open(path, "rb") as file:
+                    header = file.read(HEADER)
+                size = path.stat().st_size
+            except OSError as error:
+                raise InputError(f"{path}: cannot be read ({error.strerror}); run data.py again") from None
+            if header[:8] != MAGIC or header[8:24] != _header(model, n)[8:24]:
+                raise InputError(f"{path}: not a shard of this folder's tokenizer; run data.py again")
+            if header != _header(model, n) or size != HEADER + n * type_.itemsize:
+                raise InputError(f"{path}: {size} bytes, not the {HEADER + n * type_.itemsize} of {n} tokens; run data.py again")
+            self.maps.append(np.memmap(path, type_, "r", HEADER))
+        self.ends = np.cumsum([0] + [len(m) for m in self.maps])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        parts = []
+        while length:
+            shard = int(np.searchsorted(self.ends, start, "right")) - 1
+            part = self.maps[shard][start - self.ends[shard] :][:length]
+            parts.append(part)
+            start, length = start + len(part), length - len(part)
+        return np.concatenate(parts).astype(np.int64)
+
+
+class TokenData:
+    """Rows of seq_len tokens from a data folder: `row(i)` to train on, `valid_row(language, j)` held out.
+
+    Over any number of samples each language gets its share to within one row; within a language every row comes once
+    before any comes twice, in an order that is new each time round. Finding a row takes constant time and memory.
+    Raises InputError for a folder that is unfinished, damaged, or too small for a single row.
+    """
+
+    BLOCK = 1024  # samples among which the languages are shuffled
+
+    def __init__(self, folder: Path, seq_len: int, seed: int = 0, alpha: float = 0.5):
+        if not (folder / "meta.json").is_file():
+            raise InputError(
+                f"{folder}: no meta.json in it: not a data folder, or `python data.py` did not finish; "
+                "remove it and run that again"
+            )
+        try:
+            self.meta = json.loads((folder / "meta.json").read_text("utf-8"))
+            self.tokenizer_model = (folder / "tokenizer.model").read_bytes()
+            self.languages = sorted(self.meta["languages"])
+            type_ = _token_type(self.meta["vocab_size"])
+            train, valid = ({x: self.meta["languages"][x][s] for x in self.languages} for s in ("train", "valid"))
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError(f"{folder}: meta.json or tokenizer.model is damaged; run data.py again") from None
+        self.fingerprint = sha256(json.dumps(self.meta, sort_keys=True).encode() + self.tokenizer_model).hexdigest()
+        self.tokenizer = load_tokenizer(self.tokenizer_model, folder / "tokenizer.model")
+        self.ids = SpecialIds(self.tokenizer.vocab_size())
+        self.seq_len, self.seed = seq_len, seed
+        self.train = {x: _Tokens(folder, shards, self.tokenizer_model, type_) for x, shards in train.items()}
+        self.valid = {x: _Tokens(folder, shards, self.tokenizer_model, type_) for x, shards in valid.items()}
+        for language, tokens in self.train.items():
+            if len(tokens) < seq_len:
+                raise InputError(
+                    f"{folder}: {language!r} has {len(tokens)} tokens to train on, a row takes {seq_len}: "
+                    "add text, remove the language, or lower --seq-len"
+                )
+        share = shares({language: len(tokens) for language, tokens in self.train.items()}, alpha)
+        self._below = np.concatenate([[0.0], np.cumsum([share[x] for x in self.languages])[:-1], [1.0]])
+        self._block_size = max(self.BLOCK, int(2 / min(share.values())))
+
+    def _quota(self, n: int) -> np.ndarray:
+        """How many of the first n samples (n a multiple of the block) are of each language: its share, rounded."""
+        return np.diff(np.floor(n * self._below + 0.5).astype(np.int64))
+
+    @lru_cache(maxsize=2)
+    def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """For each sample of a block its language, and how many samples of that language came before it."""
+        before, after = self._quota(block * self._block_size), self._quota((block + 1) * self._block_size)
+        languages = np.repeat(np.arange(len(before)), after - before)
+        ranks = np.concatenate([np.arange(a, b) for a, b in zip(before, after)])
+        order = sample_rng(self.seed, ORDER, block).random(len(languages)).argsort(kind="stable")
+        ranks_in_order = np.empty_like(ranks)
+        ranks_in_order[languages[order].argsort(kind="stable")] = ranks
+        return languages[order], ranks_in_order
+
+    def locate(self, i: int) -> tuple[str, int]:
+        """Language of sample i, and which of that language's rows it is."""
+        languages, ranks = self._block(i // self._block_size)
+        language, rank = self.languages[languages[i % self._block_size]], int(ranks[i % self._block_size])
+        n_rows = len(self.train[language]) // self.seq_len
+        key = _mix(_mix(_mix(self.seed) ^ zlib.crc32(language.encode())) ^ rank // n_rows)
+        return language, permuted(rank % n_rows, n_rows, key)
+
+    def row(self, i: int) -> np.ndarray:  # [L]
+        language, row = self.locate(i)
+        return self.train[language].read(row * self.seq_len, self.seq_len)
+
+    def n_valid_rows(self, language: str) -> int:
+        """Held-out rows of a language. Raises InputError if there is not one."""
+        tokens = self.valid[language]
+        if len(tokens) < self.seq_len:
+            raise InputError(
+                f"{language!r} has {len(tokens)} tokens held out, a row takes {self.seq_len}: "
+                "prepare the data with a larger --valid-fraction, or lower --seq-len"
+            )
+        return len(tokens) // self.seq_len
+
+    def valid_row(self, language: str, j: int) -> np.ndarray:  # [L]
+        return self.valid[language].read(j * self.seq_len, self.seq_len)
+
+
+def _mix(x: int) -> int:
+    """A 64-bit integer to another that looks unrelated (the finaliser of splitmix64, Steele et al. 2014)."""
+    x = (x + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ x >> 27) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return x ^ x >> 31
+
+
+def permuted(i: int, n: int, key: int) -> int:
+    """Where i stands in an order of 0..n-1 that depends on key; needs no table (a Feistel network, cycle-walked).
+
+    Black and Rogaway 2002, "Ciphers with arbitrary finite domains".
+    """
+    half = max(1, (n - 1).bit_length() + 1 >> 1)
+    while True:
+        left, right = i >> half, i & (1 << half) - 1
+        for round_ in range(4):
+            left, right = right, left ^ _mix(key ^ _mix(right << 2 | round_)) & (1 << half) - 1
+        i = left << half | right
+        if i < n:
+            return i
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Text to tokenizer and token shards.")
+    parser.add_argument("text_dir", type=Path, help="folder with <lang>.txt or <lang>/* (txt, jsonl, json; .gz, .xz)")
+    parser.add_argument("data_dir", type=Path, help="folder to write, must not exist or be empty")
+    parser.add_argument("--vocab-size", type=int, default=150_000, help="pieces, special ones included (default %(default)s)")
+    parser.add_argument("--tokenizer", type=Path, help="use this tokenizer.model instead of training one")
+    parser.add_argument("--valid-fraction", type=float, default=0.01, help="share of documents held out (default %(default)s)")
+    parser.add_argument("--alpha", type=float, default=0.5, help="sampling exponent, for the table (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the tokenizer's sample and of the split (default %(default)s)")
+    args = parser.parse_args()
+    if not 0 <= args.valid_fraction < 1:
+        raise InputError(f"--valid-fraction {args.valid_fraction}: it must be in [0, 1)")
+    meta = prepare(**vars(args), n_workers=os.cpu_count() or 1)
+    print_table(meta, args.alpha)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,159 @@
+"""Evaluation of a checkpoint of either kind.
+
+    python eval.py enc.pt                                            # held-out loss per language, and a sample
+    python eval.py seq2seq.pt --task loss --data DATA --out results.jsonl
+    python eval.py enc.pt --task fill "The river is <mask> in winter."
+    python eval.py seq2seq.pt --task generate "The river frozen in winter." --beams 4
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import trainer
+from data import InputError, TokenData, load_tokenizer, run_command
+from model import generate
+from objectives import SpecialIds
+from train_encoder import MLMConfig, encoder_objective
+from train_seq2seq import DenoiseConfig, seq2seq_objective
+
+MARK = "\ufdd0"  # stands for <mask> while a sentence is encoded: no text may hold this code point
+
+
+def encode_sentence(tokenizer, ids: SpecialIds, text: str) -> Tensor:
+    """Tokens [1, S] of a sentence and its closing </s>; each "<mask>" in it, with a space before it, is one token."""
+    mark = tokenizer.encode(MARK)[1:]  # bytes, behind the space that every encoding begins with
+    space, tokens = tokenizer.piece_to_id("▁"), []
+    for token in tokenizer.encode(text.replace("<mask>", MARK)):
+        tokens.append(token)
+        if tokens[-len(mark) :] == mark:
+            del tokens[-len(mark) :]
+            if tokens[-1:] == [space]:
+                tokens.pop()
+            tokens.append(ids.mask)
+    return torch.tensor([tokens + [ids.eos]])
+
+
+def show(tokenizer, ids: SpecialIds, tokens: list[int]) -> str:
+    """Text of tokens for a person to read: <mask> and sentinels by name, document ends as a bar, padding left out."""
+    text, run = [], []
+    for token in [*tokens, None]:
+        if token is not None and token >= ids.ordinary:
+            run.append(token)
+            continue
+        if run:
+            text.append(tokenizer.decode(run))
+            run = []
+        if token not in (None, ids.pad, ids.bos):
+            text.append("|" if token == ids.eos else tokenizer.id_to_piece(token))
+    return " ".join(text)
+
+
+def fill(model: nn.Module, tokenizer, ids: SpecialIds, text: str, top: int = 5) -> list[list[tuple[str, float]]]:
+    """For each <mask> of a sentence the likeliest pieces with their probabilities. Raises InputError if there is none."""
+    src = encode_sentence(tokenizer, ids, text)
+    _check_length(src, model)
+    at = (src[0] == ids.mask).nonzero().squeeze(1)
+    if not len(at):
+        raise InputError(f"{text!r}: no <mask> in the sentence to fill")
+    with torch.no_grad():
+        probabilities, pieces = model.logits(src)[0, at].softmax(-1).topk(top)
+    return [
+        [(tokenizer.id_to_piece(i).replace("▁", " "), p) for i, p in zip(row.tolist(), ps.tolist())]
+        for row, ps in zip(pieces, probabilities)
+    ]
+
+
+def rebuild(model: nn.Module, ids: SpecialIds, src: Tensor, beams: int) -> list[int]:  # [1, S] -> [T]
+    """What a seq2seq model makes of a source, by greedy or beam search."""
+    _check_length(src, model)
+    new = 2 * src.shape[1] + 10  # a rebuilt row is a fifth longer than its source: twice is room enough
+    return generate(model, src, bos=ids.bos, eos=ids.eos, pad=ids.pad, max_new=new, beams=beams)[0].tolist()
+
+
+def _check_length(src: Tensor, model: nn.Module) -> None:
+    if src.shape[1] > model.cfg.max_len:
+        raise InputError(f"the sentence has {src.shape[1]} tokens, the model {model.cfg.max_len} positions; shorten it")
+
+
+def print_sample(kind: str, model: nn.Module, data: TokenData, languages: list[str], objective, beams: int) -> None:
+    """The start of one held-out row in each language: damaged, as the model repairs it, and as it was."""
+    for language in languages:
+        row = data.valid_row(language, 0)[:24]
+        example = {name: x for name, x in objective(row, trainer.sample_rng(0, trainer.VALID_NOISE, 0)).items()}
+        src = torch.from_numpy(example["src"])[None]
+        if kind == "encoder":
+            with torch.no_grad():
+                best = model.logits(src)[0].argmax(-1)
+            repaired = torch.where(torch.from_numpy(example["labels"]) == trainer.IGNORE, src[0], best).tolist()
+        else:
+            repaired = rebuild(model, data.ids, src, beams)
+        print()
+        for title, tokens in (("given", src[0].tolist()), ("model", repaired), ("text", row.tolist())):
+            print(f"{language} {title:5}  {show(data.tokenizer, data.ids, tokens)}")
+
+
+def print_losses(args, kind: str, model: nn.Module, data: TokenData, languages: list[str], objective, dtype: str) -> None:
+    losses = trainer.held_out_loss(model, data, languages, objective, dtype)
+    print("language   rows   loss  perplexity  unigram entropy")
+    for language, loss in losses.items():
+        entropy = data.meta["languages"][language]["unigram_entropy"]
+        print(f"{language:8} {data.n_valid_rows(language):6} {loss:6.3f} {math.exp(loss):11.1f} {entropy:16.3f}")
+        if args.out:
+            with open(args.out, "a", encoding="utf-8") as file:
+                line = {"checkpoint": str(args.checkpoint), "kind": kind, "task": "loss", "language": language, "loss": loss}
+                file.write(json.dumps(line) + "\n")
+    entropies = [data.meta["languages"][x]["unigram_entropy"] for x in losses]
+    mean = sum(losses.values()) / len(losses)
+    print(f"mean            {mean:6.3f} {'':11} {sum(entropies) / len(losses):16.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="enc.pt or seq2seq.pt")
+    parser.add_argument("text", nargs="?", help="a sentence for fill (with <mask> in it) or generate")
+    parser.add_argument("--task", choices=("loss", "fill", "generate"), help="default: loss, and a sample of each language")
+    parser.add_argument("--data", type=Path, help="data folder of data.py (default: the one it was trained on)")
+    parser.add_argument("--langs", nargs="+", help="languages to evaluate (default: all of the data folder)")
+    parser.add_argument("--beams", type=int, default=1, help="hypotheses of generate, 1 is greedy (default %(default)s)")
+    parser.add_argument("--out", type=Path, help="JSON lines file to append the losses to")
+    args = parser.parse_args()
+    if args.beams < 1:
+        raise InputError(f"--beams {args.beams}: it must be at least 1")
+    if (args.text is None) == (args.task in ("fill", "generate")):
+        wanted = "needs" if args.text is None else "takes no"
+        raise InputError(f"--task {args.task} {wanted} sentence")
+    kind = {"fill": "encoder", "generate": "seq2seq"}.get(args.task)
+    model, checkpoint = trainer.load_model(args.checkpoint, *([kind] if kind else []))
+    kind, tokenizer = checkpoint["kind"], load_tokenizer(checkpoint["tokenizer"], args.checkpoint)
+    ids = SpecialIds(tokenizer.vocab_size())
+    if args.task == "fill":
+        for k, row in enumerate(fill(model, tokenizer, ids, args.text), 1):
+            print(f"<mask> {k}: " + "  ".join(f"{piece!r} {p:.3f}" for piece, p in row))
+        return
+    if args.task == "generate":
+        print(show(tokenizer, ids, rebuild(model, ids, encode_sentence(tokenizer, ids, args.text), args.beams)))
+        return
+    settings = {}
+    for stage in checkpoint["history"]:
+        settings |= stage["settings"]
+    data = trainer.open_data(args.data or Path(settings["data"]), model.cfg.max_len)
+    if data.tokenizer_model != checkpoint["tokenizer"]:
+        raise InputError(f"{args.data}: its tokenizer is not that of {args.checkpoint}; prepare it with --tokenizer")
+    languages = args.langs or data.languages
+    for language in languages:
+        if language not in data.languages:
+            raise InputError(f"--langs {language}: not in the data, which has {' '.join(data.languages)}")
+    config, make = {"encoder": (MLMConfig, encoder_objective), "seq2seq": (DenoiseConfig, seq2seq_objective)}[kind]
+    objective = make(ids, trainer.build(config, settings))
+    print_losses(args, kind, model, data, languages, objective, settings["dtype"])
+    if args.task is None:
+        print_sample(kind, model, data, languages, objective, args.beams)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,378 @@
+"""The model: a Pre-LN Transformer encoder, an optional decoder, and the two models the paper trains from them.
+
+`MaskedLM` is an encoder with a masked-language-modelling head; `Seq2Seq` is the same encoder with a decoder.
+Both hold `embed` and `encoder` under the same names, so that moving an encoder between them is copying tensors.
+Source of the architecture: Soltan et al. 2023, section "Models", and the model code of AlexaTM 20B (Soltan et al.
+2022); Vaswani et al. 2017 for the Transformer; Xiong et al. 2020 for Pre-LN.
+
+Shapes at line ends: B rows, S source, T target, D model, H heads, K head dim, F ffn, V vocabulary, N any positions.
+Boolean masks are True where a token is real, the sense of `scaled_dot_product_attention`.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORE = -100  # the target of a position that has none
+
+
+def flag(default: object, text: str, **more: object) -> object:
+    """A dataclass field that is also a command-line flag; `more` may hold `choices`, or `from_preset`."""
+    return field(default=default, metadata={"help": text, **more})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a model. Every field is also a command-line flag; a preset only supplies defaults.
+
+    Raises ValueError for a combination that cannot be built, naming the values.
+    """
+
+    vocab_size: int  # the tokenizer's, special tokens included
+    d_model: int = flag(256, "width", from_preset=True)
+    n_heads: int = flag(4, "attention heads", from_preset=True)
+    d_ff: int = flag(1024, "inner width of the feed-forward layers", from_preset=True)
+    n_encoder_layers: int = flag(4, "encoder layers", from_preset=True)
+    n_decoder_layers: int = flag(0, "decoder layers of a seq2seq model", from_preset=True)
+    max_len: int = flag(0, "learned positions: the longest row in tokens (default: --seq-len)", from_preset=True)
+    dropout: float = flag(0.0, "on embeddings and sublayer outputs, 0 to 1", from_preset=True)
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "n_heads", "d_ff", "n_encoder_layers", "max_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.n_decoder_layers < 0:
+            raise ValueError(f"n_decoder_layers is {self.n_decoder_layers}: it must be 0 or more")
+        if self.d_model % self.n_heads:
+            raise ValueError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}: change one of them")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}: it must be in [0, 1)")
+
+
+# paper: 12 layers, width 1024, 16 heads, FFN 4096, dropout 0.1; the smaller sizes are this project's.
+# tiny has no dropout: it is meant for runs of a few million tokens, which never see a row often enough to overfit.
+PRESETS: dict[str, dict] = {
+    "tiny": dict(d_model=256, n_heads=4, d_ff=1024, n_encoder_layers=4, n_decoder_layers=4, dropout=0.0),
+    "small": dict(d_model=512, n_heads=8, d_ff=2048, n_encoder_layers=6, n_decoder_layers=6, dropout=0.1),
+    "base": dict(d_model=768, n_heads=12, d_ff=3072, n_encoder_layers=12, n_decoder_layers=12, dropout=0.1),
+    "paper": dict(d_model=1024, n_heads=16, d_ff=4096, n_encoder_layers=12, n_decoder_layers=12, dropout=0.1),
+}
+
+
+class Attention(nn.Module):
+    """Multi-head attention (Vaswani et al. 2017, 3.2.2): queries from one sequence, keys and values from another."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.head_dim = cfg.d_model // cfg.n_heads
+        self.q = nn.Linear(cfg.d_model, cfg.d_model)
+        self.kv = nn.Linear(cfg.d_model, 2 * cfg.d_model)
+        self.out = nn.Linear(cfg.d_model, cfg.d_model)
+
+    def _heads(self, x: Tensor) -> Tensor:  # [B, T, n * D] -> [B, n * H, T, K]
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:  # [B, S, D] -> 2 x [B, H, S, K]
+        return self._heads(self.kv(memory)).chunk(2, dim=1)
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        q = self._heads(self.q(x))  # [B, H, T, K]
+        if q.device.type == "cpu":  # where torch's attention takes half the time in fp32 that it takes in bf16
+            q, k, v = q.float(), k.float(), v.float()
+        with torch.autocast(q.device.type, enabled=False):  # the operands have their dtype already
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)  # [B, H, T, K]
+        return self.out(y.transpose(1, 2).flatten(2))  # [B, T, D]
+
+
+class FeedForward(nn.Sequential):
+    """Two linear layers with the exact (erf) GELU between them."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__(nn.Linear(cfg.d_model, cfg.d_ff), nn.GELU(), nn.Linear(cfg.d_ff, cfg.d_model))
+
+
+class EncoderBlock(nn.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x)): Pre-LN."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.attn_norm, self.attn = nn.LayerNorm(cfg.d_model), Attention(cfg)
+        self.ffn_norm, self.ffn = nn.LayerNorm(cfg.d_model), FeedForward(cfg)
+        self.dropout = nn.Dropout(cfg.dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # [B, S, D], [B, 1, 1, S]
+        h = self.attn_norm(x)
+        x = x + self.dropout(self.attn(h, *self.attn.keys_values(h), mask))
+        return x + self.dropout(self.ffn(self.ffn_norm(x)))  # [B, S, D]
+
+
+class DecoderBlock(nn.Module):
+    """Causal self-attention, cross-attention over the encoder's output, feed-forward: Pre-LN."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.attn_norm, self.attn = nn.LayerNorm(cfg.d_model), Attention(cfg)
+        self.cross_norm, self.cross = nn.LayerNorm(cfg.d_model), Attention(cfg)
+        self.ffn_norm, self.ffn = nn.LayerNorm(cfg.d_model), FeedForward(cfg)
+        self.dropout = nn.Dropout(cfg.dropout)
+
+    def forward(self, x: Tensor, enc_out: Tensor, mask: Tensor | None, cache: dict | None = None) -> Tensor:
+        """x [B, T, D]; with a cache, x is one new position and the cache holds the keys and values of those before."""
+        h = self.attn_norm(x)
+        k, v = self.attn.keys_values(h)  # [B, H, T, K]
+        if cache is None:
+            cross_kv = self.cross.keys_values(enc_out)  # [B, H, S, K]
+        else:
+            if "self" in cache:
+                k, v = (torch.cat([old, new], dim=2) for old, new in zip(cache["self"], (k, v)))
+            else:
+                cache["cross"] = self.cross.keys_values(enc_out)
+            cache["self"], cross_kv = (k, v), cache["cross"]
+        x = x + self.dropout(self.attn(h, k, v, causal=cache is None))
+        x = x + self.dropout(self.cross(self.cross_norm(x), *cross_kv, mask))
+        return x + self.dropout(self.ffn(self.ffn_norm(x)))  # [B, T, D]
+
+
+class Encoder(nn.Module):
+    """Embedded tokens to contextual vectors; a final LayerNorm closes the Pre-LN stack."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.positions = nn.Embedding(cfg.max_len, cfg.d_model)
+        self.dropout = nn.Dropout(cfg.dropout)
+        self.blocks = nn.ModuleList(EncoderBlock(cfg) for _ in range(cfg.n_encoder_layers))
+        self.norm = nn.LayerNorm(cfg.d_model)
+
+    def forward(self, embedded: Tensor, src_mask: Tensor | None = None) -> Tensor:  # [B, S, D], [B, S]
+        x = self.dropout(embedded + self.positions.weight[: embedded.shape[1]])
+        mask = None if src_mask is None else src_mask[:, None, None, :]  # [B, 1, 1, S]
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.norm(x)  # [B, S, D]
+
+
+class Decoder(nn.Module):
+    """Embedded target prefix and encoder output to one vector for each next token."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.positions = nn.Embedding(cfg.max_len, cfg.d_model)
+        self.dropout = nn.Dropout(cfg.dropout)
+        self.blocks = nn.ModuleList(DecoderBlock(cfg) for _ in range(cfg.n_decoder_layers))
+        self.norm = nn.LayerNorm(cfg.d_model)
+
+    def forward(self, embedded: Tensor, enc_out: Tensor, src_mask: Tensor | None, cache: list | None) -> Tensor:
+        start = cache[0]["self"][0].shape[2] if cache and "self" in cache[0] else 0
+        x = self.dropout(embedded + self.positions.weight[start : start + embedded.shape[1]])  # [B, T, D]
+        mask = None if src_mask is None else src_mask[:, None, None, :]  # [B, 1, 1, S]
+        for i, block in enumerate(self.blocks):
+            x = block(x, enc_out, mask, None if cache is None else cache[i])
+        return self.norm(x)  # [B, T, D]
+
+
+class ProjectionLoss(torch.autograd.Function):
+    """Sum of cross-entropies of `softmax(hidden @ weight.T + bias)`, never holding more than a chunk of the logits.
+
+    Since the loss is a sum, its gradient is known as soon as a chunk's logits are: it is taken in the forward pass,
+    while they are at hand, and only scaled in the backward pass. Gradients nobody needs (a frozen embedding) are not
+    computed. At a 150k vocabulary the logits of 64 rows of 512 would be 9.8 GB in bf16; a chunk here is 32 MB.
+    """
+
+    CHUNK_LOGITS = 2**23  # logits at a time
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        h_all, w, need = hidden.to(dtype), weight.to(dtype), ctx.needs_input_grad
+        total = torch.zeros((), device=hidden.device)
+        d_hidden = torch.zeros_like(hidden) if need[0] else None
+        d_weight = torch.zeros_like(weight) if need[1] else None
+        d_bias = torch.zeros_like(bias) if need[2] else None
+        rows = min(len(targets), max(1, ProjectionLoss.CHUNK_LOGITS // len(weight)))
+        product = hidden.new_empty(rows, len(weight), dtype=dtype)  # both buffers serve every chunk: on a CPU, fresh
+        buffer = hidden.new_empty(rows, len(weight), dtype=torch.float32)  # memory costs more than the arithmetic
+        for start in range(0, len(targets), max(1, rows)):
+            part = slice(start, start + rows)
+            h, target = h_all[part], targets[part, None]  # [N, D], [N, 1]
+            logits = buffer[: len(h)].copy_(torch.mm(h, w.T, out=product[: len(h)]))  # [N, V], fp32 from here on
+            if bias is not None:
+                logits += bias
+            real = target != IGNORE
+            target = target.clamp(min=0)
+            top, at_target = logits.amax(-1, keepdim=True), logits.gather(1, target)  # [N, 1]
+            unnormalised = logits.sub_(top).exp_()
+            z = unnormalised.sum(-1, keepdim=True)  # [N, 1]
+            total += ((z.log() + top - at_target) * real).sum()
+            if any(need):
+                d_logits = unnormalised.div_(z)  # softmax(logits), then minus one at the target
+                d_logits.scatter_add_(1, target, -torch.ones_like(z))
+                d_logits *= real
+                if d_bias is not None:
+                    d_bias += d_logits.sum(0)
+                d_logits = product[: len(h)].copy_(d_logits)
+                if d_hidden is not None:
+                    d_hidden[part] = d_logits @ w
+                if d_weight is not None:
+                    d_weight += d_logits.T @ h
+        ctx.grads = d_hidden, d_weight, d_bias
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return *(None if g is None else g * grad for g in ctx.grads), None
+
+
+def _init_weights(module: nn.Module) -> None:
+    """Normal(0, 0.02) for every matrix and embedding, 0 for biases; LayerNorm keeps torch's ones and zeros."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
+
+
+class MaskedLM(nn.Module):
+    """Encoder and masked-language-modelling head: dense, GELU, LayerNorm, projection tied to the embedding, plus bias."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        self.encoder = Encoder(cfg)
+        self.head = nn.Sequential(nn.Linear(cfg.d_model, cfg.d_model), nn.GELU(), nn.LayerNorm(cfg.d_model))
+        self.head_bias = nn.Parameter(torch.zeros(cfg.vocab_size))
+        self.apply(_init_weights)
+
+    def encode(self, src: Tensor, src_mask: Tensor | None = None) -> Tensor:  # [B, S] -> [B, S, D]
+        return self.encoder(self.embed(src), src_mask)
+
+    def logits(self, src: Tensor, src_mask: Tensor | None = None) -> Tensor:  # [B, S] -> [B, S, V]
+        return F.linear(self.head(self.encode(src, src_mask)), self.embed.weight, self.head_bias)
+
+    def forward(self, src: Tensor, labels: Tensor, src_mask: Tensor | None = None) -> Tensor:
+        """Sum of the losses in nats over the labelled positions of src [B, S]; labels [B, S] are IGNORE elsewhere.
+
+        The head and the projection run on the labelled positions only.
+        """
+        at = (labels.flatten() != IGNORE).nonzero().squeeze(1)  # [N]
+        hidden = self.head(self.encode(src, src_mask).flatten(0, 1)[at])  # [N, D]
+        return ProjectionLoss.apply(hidden, self.embed.weight, self.head_bias, labels.flatten()[at])
+
+
+class Seq2Seq(nn.Module):
+    """Encoder and decoder around one embedding, which is also the output projection."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        if cfg.n_decoder_layers < 1:
+            raise ValueError(f"n_decoder_layers is {cfg.n_decoder_layers}: a seq2seq model needs at least 1")
+        self.cfg = cfg
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        self.encoder = Encoder(cfg)
+        self.decoder = Decoder(cfg)
+        self.apply(_init_weights)
+
+    def encode(self, src: Tensor, src_mask: Tensor | None = None) -> Tensor:  # [B, S] -> [B, S, D]
+        return self.encoder(self.embed(src), src_mask)
+
+    def decode(
+        self, tgt_in: Tensor, enc_out: Tensor, src_mask: Tensor | None = None, cache: list | None = None
+    ) -> Tensor:  # [B, T], [B, S, D] -> [B, T, D]
+        return self.decoder(self.embed(tgt_in), enc_out, src_mask, cache)
+
+    def logits(self, src: Tensor, tgt_in: Tensor, src_mask: Tensor | None = None) -> Tensor:  # -> [B, T, V]
+        return F.linear(self.decode(tgt_in, self.encode(src, src_mask), src_mask), self.embed.weight)
+
+    def forward(self, src: Tensor, tgt_in: Tensor, tgt_out: Tensor, src_mask: Tensor | None = None) -> Tensor:
+        """Sum of the losses in nats over the real positions of tgt_out [B, T], for src [B, S] and tgt_in [B, T]."""
+        hidden = self.decode(tgt_in, self.encode(src, src_mask), src_mask)  # [B, T, D]
+        return ProjectionLoss.apply(hidden.flatten(0, 1), self.embed.weight, None, tgt_out.flatten())
+
+
+# Generation --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generate(
+    model: Seq2Seq,
+    src: Tensor,
+    src_mask: Tensor | None = None,
+    *,
+    bos: int,
+    eos: int,
+    pad: int,
+    max_new: int,
+    beams: int = 1,
+    length_penalty: float = 1.0,
+    use_cache: bool = True,
+) -> Tensor:
+    """Target tokens for sources [B, S]: [B, T] with T <= max_new, each row up to its eos and then pad.
+
+    beams 1 takes the likeliest token each time; more is beam search, which returns the finished hypothesis with the
+    largest sum of log-probabilities / length ** length_penalty (Wu et al. 2016, equation 14, without its constants).
+    A cache saves computing keys and values again and changes no token. max_new is cut to the model's positions.
+    """
+    enc_out = model.encode(src, src_mask)  # [B, S, D]
+    cache = [{} for _ in model.decoder.blocks] if use_cache else None
+    max_new = min(max_new, model.cfg.max_len)
+    if beams > 1:
+        enc_out = enc_out.repeat_interleave(beams, 0)  # [B * beams, S, D]
+        src_mask = None if src_mask is None else src_mask.repeat_interleave(beams, 0)
+
+    def next_log_probs(tokens: Tensor) -> Tensor:  # [N, T] -> [N, V]
+        hidden = model.decode(tokens[:, -1:] if use_cache else tokens, enc_out, src_mask, cache)[:, -1]
+        return F.linear(hidden, model.embed.weight).float().log_softmax(-1)
+
+    tokens = torch.full((len(enc_out), 1), bos, device=src.device)
+    if beams > 1:
+        return _beam_search(next_log_probs, tokens, cache, beams, eos, pad, max_new, length_penalty)
+    done = torch.zeros(len(src), dtype=torch.bool, device=src.device)
+    for _ in range(max_new):
+        token = next_log_probs(tokens).argmax(-1).masked_fill(done, pad)  # [B]
+        tokens = torch.cat([tokens, token[:, None]], 1)
+        done |= token == eos
+        if done.all():
+            break
+    return tokens[:, 1:]
+
+
+def _beam_search(next_log_probs, tokens, cache, k, eos, pad, max_new, length_penalty) -> Tensor:
+    """Keeps the k best unfinished hypotheses of each source and the k best finished ones; tokens is [B * k, 1]."""
+    n = len(tokens) // k  # sources, B
+    score = torch.full((n, k), -torch.inf, device=tokens.device)
+    score[:, 0] = 0.0  # the k first hypotheses are the same one
+    best = torch.full((n, k, max_new + 1), pad, device=tokens.device)
+    best_score = torch.full((n, k), -torch.inf, device=tokens.device)
+    done = torch.zeros(n, dtype=torch.bool, device=tokens.device)
+
+    def finish(sequences: Tensor, scores: Tensor) -> None:  # [B, m, T], [B, m]
+        sequences = F.pad(sequences, (0, max_new + 1 - sequences.shape[2]), value=pad)
+        top, at = torch.cat([best_score, scores], 1).topk(k)  # [B, k]
+        best_score.copy_(top)
+        best.copy_(torch.cat([best, sequences], 1).gather(1, at[:, :, None].expand_as(best)))
+
+    for length in range(1, max_new + 1):
+        log_probs = next_log_probs(tokens)  # [B * k, V]
+        vocab = log_probs.shape[1]
+        # Of 2k candidates at most k end here, so k unfinished ones are left.
+        top, at = (score.view(-1, 1) + log_probs).view(n, -1).topk(2 * k)  # [B, 2k]
+        beam, token = at // vocab, at % vocab
+        before = tokens.view(n, k, -1).gather(1, beam[:, :, None].expand(-1, -1, tokens.shape[1]))
+        candidates = torch.cat([before, token[:, :, None]], 2)  # [B, 2k, T]
+        ends = token == eos
+        ended = ends & (torch.arange(2 * k, device=at.device) < k) & ~done[:, None]
+        finish(candidates, torch.where(ended, top / length**length_penalty, -torch.inf))
+        score, keep = top.masked_fill(ends, -torch.inf).topk(k)  # [B, k]
+        tokens = candidates.gather(1, keep[:, :, None].expand(-1, -1, candidates.shape[2])).flatten(0, 1)
+        rows = (beam.gather(1, keep) + k * torch.arange(n, device=at.device)[:, None]).flatten()  # [B * k]
+        for layer in cache or ():
+            layer["self"] = tuple(x.index_select(0, rows) for x in layer["self"])
+        done |= score[:, 0] / length**length_penalty <= best_score[:, -1]  # the best left cannot beat the worst found
+        if done.all():
+            break
+    unfinished = torch.where(done[:, None], -torch.inf, score / max_new**length_penalty)
+    finish(tokens.view(n, k, -1), unfinished)
+    best = best[:, 0, 1:]  # [B, max_new]
+    return best[:, : int((best != pad).sum(1).max())]

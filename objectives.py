@@ -1,0 +1,213 @@
+"""Pre-training objectives as pure NumPy functions of (tokens, rng): masked language modelling and span de-noising.
+
+The same tokens and the same generator state give the same example on any machine. `sample_rng` makes that state a
+function of (seed, stream, sample index), so that nothing has to be stored to resume and no rank or worker matters.
+Only the generator's raw doubles are drawn, since NumPy keeps that stream fixed between versions.
+Source: Soltan et al. 2023, sections on pre-training; Devlin et al. 2019 (MLM), Lewis et al. 2020 (de-noising, BART),
+Soltan et al. 2022 (AlexaTM 20B: spans dropped without a trace), Raffel et al. 2020 (sentinels, T5).
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import lgamma, log, sqrt
+
+import numpy as np
+
+IGNORE = -100  # label of a position that carries no loss, as in model.py
+ORDER, NOISE, VALID_NOISE = range(3)  # streams: one per use of the seed, so that no two uses share random numbers
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Fixed ids of the special tokens, the same in every tokenizer of this project; ordinary pieces follow them."""
+
+    vocab_size: int
+    pad: int = 0
+    bos: int = 1  # <s>, starts the decoder
+    eos: int = 2  # </s>, closes a document
+    unk: int = 3
+    mask: int = 4
+    clm: int = 5  # [CLM], the prefix of causal rows in AlexaTM 20B
+    sentinel: int = 6  # <extra_id_0>; <extra_id_k> is sentinel + k
+    n_sentinels: int = 100
+
+    @property
+    def ordinary(self) -> int:
+        """The first ordinary id: every id from here to vocab_size - 1 stands for text."""
+        return self.sentinel + self.n_sentinels
+
+
+def sample_rng(seed: int, stream: int, index: int) -> np.random.Generator:
+    """The random numbers of sample `index` of a stream; distinct keys never overlap (a counter-based generator).
+
+    seed and index are below 2**64, stream below 2**64. Salmon et al. 2011 (Philox).
+    """
+    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, index]))
+
+
+def mask_tokens(
+    tokens: np.ndarray, rng: np.random.Generator, ids: SpecialIds, mask_prob: float = 0.15
+) -> tuple[np.ndarray, np.ndarray]:
+    """MLM (Devlin et al. 2019, 3.1): tokens [L] -> (inputs [L], labels [L]); labels are IGNORE where nothing is asked.
+
+    Exactly round(L * mask_prob) positions are chosen, special tokens never (all ordinary ones where that is fewer).
+    Of the chosen, 80 % become <mask>, 10 % a random ordinary token, 10 % stay: one uniform draw decides for each.
+
+    With mask id 4 and ordinary ids from 106, [106 107 108 109 110 2] at 40 % may give
+    inputs [106 4 108 109 110 2] and labels [-100 107 -100 -100 110 -100]: 107 was masked, 110 was chosen and stays.
+    """
+    if not 0 <= mask_prob < 1:
+        raise ValueError(f"mask_prob is {mask_prob}: it must be in [0, 1)")
+    candidates = np.flatnonzero(tokens >= ids.ordinary)
+    chosen = candidates[_choose(len(candidates), min(len(candidates), round(len(tokens) * mask_prob)), rng)]
+    fate, replacement = rng.random((2, len(chosen)))
+    random_ids = ids.ordinary + (replacement * (ids.vocab_size - ids.ordinary)).astype(tokens.dtype)
+    inputs, labels = tokens.copy(), np.full(len(tokens), IGNORE, np.int64)
+    labels[chosen] = tokens[chosen]
+    inputs[chosen] = np.where(fate < 0.8, ids.mask, np.where(fate < 0.9, random_ids, tokens[chosen]))
+    return inputs, labels
+
+
+def sample_spans(
+    length: int, density: float, mean_span: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Disjoint spans of 0..length-1, in order: (starts [n], lengths [n]) with sum(lengths) == round(length * density).
+
+    Span lengths are Poisson(mean_span) given that they are not 0, the last one drawn is cut to meet the budget, and at
+    least one token parts two spans (where more are drawn than the tokens left can part, neighbours are joined). Spans
+    and single tokens lie on a circle in random order and the circle is cut at random, so every position is equally
+    likely to be noise; a span across the cut becomes two. Raises ValueError for a length below 1, a density outside
+    [0, 1) or a mean_span outside (0, 1000].
+
+    sample_spans(6, 0.5, 3.0, rng) may give starts [1 5] and lengths [2 1].
+    """
+    if length < 1 or not 0 <= density < 1 or not 0 < mean_span <= 1000:
+        raise ValueError(
+            f"length {length}, density {density}, mean_span {mean_span}: "
+            "length must be at least 1, density in [0, 1) and mean_span in (0, 1000]"
+        )
+    budget = round(length * density)
+    if budget in (0, length):  # nothing, or everything
+        return np.zeros(int(budget > 0), np.int64), np.full(int(budget > 0), length)
+    lengths = 1 + np.searchsorted(_span_cdf(mean_span), rng.random(budget))
+    total = lengths.cumsum()
+    lengths = lengths[: np.searchsorted(total, budget) + 1]
+    lengths[-1] -= total[len(lengths) - 1] - budget
+    lengths = lengths[_choose(len(lengths), len(lengths), rng)]
+    single = length - budget
+    if len(lengths) > single:
+        lengths = np.add.reduceat(lengths, np.arange(single) * len(lengths) // single)
+    # Each span takes one single token along behind it; choose which of these tokens have a span before them.
+    starts = np.sort(_choose(single, len(lengths), rng)) + lengths.cumsum() - lengths
+    starts = (starts + int(rng.random() * length)) % length
+    over = starts + lengths - length  # above 0 for the span that the cut of the circle falls in
+    if over.max() > 0:
+        cut = int(over.argmax())
+        starts, lengths = np.append(starts, 0), np.append(lengths, over[cut])
+        lengths[cut] -= over[cut]
+    order = starts.argsort()
+    return starts[order], lengths[order]
+
+
+def drop_spans(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The tokens [L] without the spans, and without a trace of where they were (AlexaTM 20B, section 2).
+
+    Spans at [1 5] of lengths [2 1] turn [106 107 108 109 110 111] into [106 109 110].
+    """
+    return tokens[~_inside(len(tokens), starts, lengths)]
+
+
+def mask_spans(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, ids: SpecialIds) -> np.ndarray:
+    """Each span becomes one <mask> (text infilling, Lewis et al. 2020, 2.2).
+
+    Spans at [1 5] of lengths [2 1] turn [106 107 108 109 110 111] into [106 4 109 110 4].
+    """
+    return _replace_spans(tokens, starts, lengths, np.full(len(starts), ids.mask))
+
+
+def sentinel_spans(
+    tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, ids: SpecialIds
+) -> tuple[np.ndarray, np.ndarray]:
+    """Span corruption (Raffel et al. 2020, 3.1.4): (source, target); the k-th span becomes <extra_id_k> in the source.
+
+    The target is each sentinel followed by its span, and one sentinel more at the end. With <extra_id_0> at 6, spans at
+    [1 5] of lengths [2 1] turn [106 107 108 109 110 111] into [106 6 109 110 7] and [6 107 108 7 111 8].
+    Raises ValueError when there are more spans than sentinels allow.
+    """
+    if len(starts) >= ids.n_sentinels:
+        raise ValueError(
+            f"{len(starts)} spans in a row of {len(tokens)} tokens need {len(starts) + 1} sentinels, "
+            f"there are {ids.n_sentinels}: use shorter rows, a lower density or longer spans"
+        )
+    sentinels = ids.sentinel + np.arange(len(starts) + 1)
+    source = _replace_spans(tokens, starts, lengths, sentinels[:-1])
+    spans = tokens[_inside(len(tokens), starts, lengths)]
+    target = np.insert(spans, lengths.cumsum() - lengths, sentinels[:-1])
+    return source, np.append(target, sentinels[-1]).astype(tokens.dtype)
+
+
+def noise_row(
+    tokens: np.ndarray,
+    rng: np.random.Generator,
+    ids: SpecialIds,
+    noise: str = "drop",
+    density: float = 0.15,
+    mean_span: float = 3.0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """De-noising example of a row [L]: (source, target). The target is the whole clean row, or the spans (sentinel).
+
+    Exactly round(L * density) tokens are noise. Special tokens are never among them: spans are sampled over the
+    ordinary tokens, and one that would run across a document's end is split there.
+    """
+    ordinary = np.flatnonzero(tokens >= ids.ordinary)
+    budget = round(len(tokens) * density)
+    if budget >= len(ordinary):
+        raise ValueError(
+            f"{budget} of {len(tokens)} tokens were to be noise, the row has {len(ordinary)} ordinary ones: "
+            "lower the density"
+        )
+    spans = sample_spans(len(ordinary), budget / len(ordinary), mean_span, rng)
+    is_noise = np.zeros(len(tokens) + 2, np.int8)
+    is_noise[1 + ordinary[_inside(len(ordinary), *spans)]] = 1
+    edges = np.diff(is_noise)
+    starts = np.flatnonzero(edges == 1)
+    lengths = np.flatnonzero(edges == -1) - starts
+    if noise == "drop":
+        return drop_spans(tokens, starts, lengths), tokens
+    if noise == "mask":
+        return mask_spans(tokens, starts, lengths, ids), tokens
+    if noise == "sentinel":
+        return sentinel_spans(tokens, starts, lengths, ids)
+    raise ValueError(f"noise is {noise!r}: it must be drop, mask or sentinel")
+
+
+def _choose(n: int, k: int, rng: np.random.Generator) -> np.ndarray:
+    """k of the numbers 0..n-1 in random order."""
+    return rng.random(n).argsort(kind="stable")[:k]
+
+
+@lru_cache
+def _span_cdf(mean: float) -> np.ndarray:
+    """P(length <= 1 + i) for a Poisson length that is not 0, up to where nothing is left in double precision."""
+    k = np.arange(1, int(mean + 12 * sqrt(mean) + 30))
+    pmf = np.exp(k * log(mean) - mean - np.array([lgamma(i + 1) for i in k]))
+    cdf = pmf.cumsum() / pmf.sum()
+    cdf[-1] = 1.0  # whatever rounding says: the search must end inside
+    return cdf
+
+
+def _inside(length: int, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """True at the positions that lie in a span."""
+    edge = np.zeros(length + 1, np.int8)
+    edge[starts] = 1
+    np.subtract.at(edge, starts + lengths, 1)
+    return edge.cumsum()[:-1].astype(bool)
+
+
+def _replace_spans(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """The first token of span k becomes by[k], the rest of the span goes."""
+    keep = ~_inside(len(tokens), starts, lengths)
+    keep[starts] = True
+    out = tokens.copy()
+    out[starts] = by
+    return out[keep]

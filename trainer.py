@@ -1,0 +1,547 @@
+"""The one training loop, for both stages: flags, process group, optimizer, schedule, freezing, checkpoints, ledger.
+
+A run is a function of its settings: sample i and its noise follow from (seed, i), dropout from (seed, step), freezing
+from the step. So a checkpoint holds weights, optimizer and one integer, and a resumed run repeats the run that was
+not interrupted. Everything about one objective stays in train_encoder.py and train_seq2seq.py.
+
+    enc.pt                  the result, one file to hand on: weights, shape, tokenizer, history of its stages
+    enc.run/state.pt        the newest checkpoint to resume from
+    enc.run/metrics.jsonl   what the progress bar showed, and the held-out losses
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data import SAMPLE_DATA, SAMPLE_OPTIONS, SAMPLE_TEXT, InputError, TokenData, prepare
+from model import IGNORE, PRESETS, MaskedLM, ModelConfig, Seq2Seq, flag
+from objectives import NOISE, VALID_NOISE, sample_rng
+
+Example = dict[str, np.ndarray]  # arguments of the model's forward for one row, or for a batch of them
+Objective = Callable[[np.ndarray, np.random.Generator], Example]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. Defaults suit the embedded corpus; paper: 1M tokens a batch, 500k updates, Adam, bf16."""
+
+    data: str = flag(str(SAMPLE_DATA), "data folder written by data.py")
+    steps: int = flag(150, "updates; 0 writes an initialised checkpoint")
+    batch_size: int = flag(32, "rows an update, over all processes")
+    micro_batch_size: int = flag(0, "rows at a time on one process, 0 for all of its share")
+    seq_len: int = flag(128, "tokens a row, special ones included; with --init that checkpoint's max_len")
+    lr: float = flag(0.0, "peak learning rate of AdamW, 0 for 0.016 / sqrt(d_model): 1e-3 at 256, 5e-4 at 1024")
+    muon_lr: float = flag(0.02, "peak learning rate of Muon")
+    optimizer: str = flag("adamw", "adamw, or muon on the blocks' matrices beside it", choices=("adamw", "muon"))
+    warmup: float = flag(0.02, "share of the steps in which the rate rises from 0; it then falls to 5 % of the peak")
+    weight_decay: float = flag(0.1, "decoupled weight decay, on matrices only")
+    alpha: float = flag(0.5, "languages are sampled in proportion to tokens ** alpha")
+    seed: int = flag(0, "of rows, noise, initial weights and dropout")
+    dtype: str = flag("bf16", "matrix products in bf16 or fp32; weights are fp32", choices=("bf16", "fp32"))
+    save_every: int = flag(500, "steps between checkpoints to resume from; one is written at the end anyway")
+    eval_every: int = flag(500, "steps between held-out losses; they are taken at the end anyway")
+    log_every: int = flag(10, "steps between lines of metrics.jsonl")
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "seq_len", "save_every", "eval_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("steps", "micro_batch_size", "lr", "muon_lr", "weight_decay", "alpha", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must not be negative")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup is {self.warmup}: it must be in [0, 1]")
+
+
+FREE_ON_RESUME = {"data", "micro_batch_size", "save_every", "eval_every", "log_every"}  # they change no result
+
+
+# Checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    """Writes to a temporary name, flushes to the disk, renames: at any instant `path` is the old file or the new one.
+
+    Raises InputError when the file cannot be written; what was there before is untouched.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)  # the rename itself lives in the folder
+        os.fsync(folder)
+        os.close(folder)
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        raise InputError(f"{path}: cannot be written ({reason}); make room and use --resume") from None
+
+
+def load_checkpoint(path: Path, *kinds: str) -> dict:
+    """A checkpoint of one of the kinds ("encoder", "seq2seq"), on the CPU.
+
+    Raises InputError for a file that is missing, cut short, of another kind, or holds anything but tensors and plain
+    values: such a file could run code when loaded, and is refused.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except Exception as error:  # torch raises many kinds for a damaged file
+        unsafe = "weights_only" in str(error).lower() or "unsupported" in str(error).lower()
+        reason = "it holds more than tensors and plain values" if unsafe else "damaged or not a checkpoint"
+        raise InputError(f"{path}: refused, {reason}") from None
+    if not isinstance(checkpoint, dict) or not {"kind", "config", "weights", "tokenizer", "history"} <= set(checkpoint):
+        raise InputError(f"{path}: not a checkpoint of this project")
+    if kinds and checkpoint["kind"] not in kinds:
+        remedy = "take its encoder out with extract.py" if "encoder" in kinds else "train one with train_seq2seq.py"
+        raise InputError(f"{path}: a checkpoint of kind {checkpoint['kind']!r}, not {' or '.join(kinds)}; {remedy}")
+    return checkpoint
+
+
+def load_model(path: Path, *kinds: str) -> tuple[nn.Module, dict]:
+    """The model of a checkpoint, in eval mode, and the checkpoint. Raises InputError as load_checkpoint does."""
+    checkpoint = load_checkpoint(path, *kinds)
+    try:
+        model = {"encoder": MaskedLM, "seq2seq": Seq2Seq}[checkpoint["kind"]](ModelConfig(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["weights"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: its weights do not fit its config ({str(error).splitlines()[0]})") from None
+    return model.eval(), checkpoint
+
+
+def warm_start(model: nn.Module, path: Path, weights: dict[str, Tensor]) -> None:
+    """Copies a checkpoint's weights into the model and prints what was loaded, what is new and what was unused.
+
+    A part (embed, encoder, decoder, head) is taken whole or not at all, and embed and encoder must be taken: a model
+    that silently lacks half of what it was to start from looks much like one that trains badly. Else InputError.
+    """
+    own = model.state_dict()
+    loaded = [name for name in own if name in weights and own[name].shape == weights[name].shape]
+    rest = {"new": own.keys() - loaded, "unused": weights.keys() - loaded}
+    part = {name: name.split(".")[0] for name in own | weights}
+    taken = {part[name] for name in loaded}
+    unfit = [name for names in rest.values() for name in sorted(names) if part[name] in taken | {"embed", "encoder"}]
+    if unfit:
+        raise InputError(f"{path}: does not fit this model: {unfit[0]} is missing, of another shape, or one too many")
+    model.load_state_dict({name: weights[name] for name in loaded}, strict=False)
+    for title, names in {"loaded": loaded, **rest}.items():
+        _say(f"{path}: {title} {len(names)} tensors ({', '.join(sorted({part[name] for name in names})) or '-'})")
+
+
+# Settings ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """All that a training script needs to know of its run, after flags, checkpoints and defaults are reconciled."""
+
+    kind: str  # "encoder" or "seq2seq"
+    out: Path
+    settings: dict  # every flag that matters, resolved
+    train: TrainConfig
+    model: ModelConfig
+    objective: object  # the script's own dataclass of flags
+    data: TokenData
+    init: dict | None  # the checkpoint of --init
+    init_path: Path | None
+    state: dict | None  # the checkpoint of --resume
+
+    @property
+    def folder(self) -> Path:
+        return self.out.with_suffix(".run")
+
+
+def build(config: type, settings: dict) -> object:
+    try:
+        return config(**{f.name: settings[f.name] for f in fields(config)})
+    except ValueError as error:
+        raise InputError(f"--{str(error).replace('_', '-')}") from None
+
+
+def _parse_flags(description: str, default_out: str, configs: list[type]) -> dict:
+    """Only the flags that were given; every field of the configs that has a default is one."""
+    parser = argparse.ArgumentParser(description=description, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=Path(default_out), help="checkpoint to write (default %(default)s)")
+    parser.add_argument("--init", type=Path, help="encoder checkpoint to start from; it sets the model's shape")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of --out")
+    parser.add_argument("--preset", choices=PRESETS, help="model size (default tiny); flags below change parts of it")
+    for config in configs:
+        group = parser.add_argument_group(config.__name__)
+        for f in fields(config):
+            if f.default is not MISSING:
+                name = {"n_decoder_layers": "decoder_layers", "n_encoder_layers": "encoder_layers"}.get(f.name, f.name)
+                text = f.metadata["help"].replace("%", "%%")
+                text += "" if f.metadata.get("from_preset") else f" (default {f.default})"
+                choices, type_ = f.metadata.get("choices"), type(f.default)
+                group.add_argument(f"--{name.replace('_', '-')}", dest=f.name, type=type_, choices=choices, help=text)
+    return vars(parser.parse_args())
+
+
+def start(description: str, kind: str, objective: type) -> Run:
+    """Reads the command line of a training script and reconciles it with the checkpoint of --init or --resume.
+
+    Defaults give way to the preset, the preset to the shape of --init's model, that to the flags. A resumed run keeps
+    its stored settings. Raises InputError where two of them contradict each other, naming the first field.
+    """
+    configs = [TrainConfig, ModelConfig, objective]
+    flags = _parse_flags(description, {"encoder": "enc.pt", "seq2seq": "seq2seq.pt"}[kind], configs)
+    out, init_path, resume = flags.pop("out"), flags.pop("init", None), flags.pop("resume", False)
+    preset = flags.pop("preset", None)
+    _start_processes()
+    newest, init, state = out.with_suffix(".run") / "state.pt", None, None
+    settings = {f.name: f.default for config in configs for f in fields(config)}
+    if resume:
+        if not newest.exists():
+            raise InputError(f"{newest}: nothing to resume; start without --resume")
+        state = load_checkpoint(newest, kind)
+        wanted = dict(flags, **(PRESETS[preset] if preset else {}), **({"init": str(init_path)} if init_path else {}))
+        for name, value in wanted.items():
+            if name not in FREE_ON_RESUME and state["settings"][name] != value:
+                raise InputError(f"--{name.replace('_', '-')} {value}: {newest} was started with "
+                                 f"{state['settings'][name]}; leave the flag out, or start anew under another --out")  # fmt: skip
+        settings |= state["settings"] | {name: flags[name] for name in flags if name in FREE_ON_RESUME}
+    else:
+        for path in (out, newest):
+            if path.exists():
+                raise InputError(f"{path}: exists; go on with --resume, or give another --out")
+        if not out.parent.is_dir():
+            raise InputError(f"{out.parent}: no such folder to write {out.name} to; create it")
+        settings |= {"init": str(init_path) if init_path else "", **PRESETS[preset or "tiny"]}
+        if init_path:
+            init = load_checkpoint(init_path, "encoder")
+            shape = {name: init["config"][name] for name in init["config"] if name != "n_decoder_layers"}
+            for name, value in {**(PRESETS[preset] if preset else {}), **flags}.items():
+                if name in shape and name != "dropout" and shape[name] != value:
+                    raise InputError(f"{init_path}: its {name} is {shape[name]}, the flags ask for {value}; change one")
+            settings |= shape | {"seq_len": shape["max_len"]}
+            if not preset:
+                settings["n_decoder_layers"] = shape["n_encoder_layers"]
+        settings |= flags
+    if kind == "encoder":
+        settings["n_decoder_layers"] = 0
+    data = open_data(Path(settings["data"]), settings["seq_len"], settings["seed"], settings["alpha"])
+    if resume and state["data"] != data.fingerprint:
+        raise InputError(f"{settings['data']}: not the data that {newest} was trained on; name that with --data")
+    if init and init["tokenizer"] != data.tokenizer_model:
+        raise InputError(f"{settings['data']}: its tokenizer is not that of {init_path}; prepare it with --tokenizer")
+    settings["vocab_size"] = data.ids.vocab_size
+    settings["max_len"] = settings["max_len"] or settings["seq_len"]
+    settings["lr"] = settings["lr"] or 0.016 / math.sqrt(settings["d_model"])
+    if settings["seq_len"] > settings["max_len"]:
+        raise InputError(f"--seq-len {settings['seq_len']}: the model has {settings['max_len']} positions; lower it")
+    train, model, own = (build(config, settings) for config in configs)
+    return Run(kind, out, settings, train, model, own, data, init, init_path, state)
+
+
+def open_data(folder: Path, seq_len: int, seed: int = 0, alpha: float = 0.5) -> TokenData:
+    if folder == SAMPLE_DATA and not (folder / "meta.json").exists():  # the embedded corpus, on first use
+        if _rank() == 0:
+            prepare(SAMPLE_TEXT, folder, **SAMPLE_OPTIONS)
+        if dist.is_initialized():
+            dist.barrier()
+    return TokenData(folder, seq_len, seed, alpha)
+
+
+# Processes ---------------------------------------------------------------------------------------------------------
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def _world() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _start_processes() -> None:
+    """Joins the process group that torchrun describes in the environment; alone, there is none."""
+    if _world() > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(_device())
+
+
+def _sum_over_ranks(values: list[float]) -> list[float]:
+    total = torch.tensor(values, dtype=torch.float64, device=_device())
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+# Batches -----------------------------------------------------------------------------------------------------------
+
+
+def collate(examples: list[Example], pad: int) -> dict[str, Tensor]:
+    """Stacks examples to tensors [B, longest], padded at the end: targets with IGNORE, tokens with pad.
+
+    A src_mask is added only where a source was padded: without one attention is faster.
+    """
+    batch = {}
+    for name in examples[0]:
+        rows = [example[name] for example in examples]
+        longest = max(len(row) for row in rows)
+        filler = IGNORE if name in TARGETS else pad
+        stacked = np.full((len(rows), longest), filler, np.int64)
+        for row, values in zip(stacked, rows):
+            row[: len(values)] = values
+        batch[name] = torch.from_numpy(stacked)
+        if name == "src" and min(len(row) for row in rows) < longest:
+            lengths = torch.tensor([len(row) for row in rows])
+            batch["src_mask"] = torch.arange(longest) < lengths[:, None]  # [B, S]
+    return batch
+
+
+TARGETS = {"labels", "tgt_out"}  # the argument of forward that holds the targets, by the model's kind
+
+
+def n_targets(examples: list[Example]) -> int:
+    """Positions that carry a loss."""
+    return sum(int((example[name] != IGNORE).sum()) for example in examples for name in example if name in TARGETS)
+
+
+def valid_examples(data: TokenData, language: str, objective: Objective, at_most: int = 0) -> list[Example]:
+    """Held-out rows of a language with fixed noise, spread evenly; all of them, or at_most so many.
+
+    The noise is the same in every run, whatever its seed, so that held-out losses can be compared.
+    """
+    n_rows = data.n_valid_rows(language)
+    n = min(at_most or n_rows, n_rows)
+    rows = [k * n_rows // n for k in range(n)]
+    key = zlib.crc32(language.encode()) << 32
+    return [objective(data.valid_row(language, j), sample_rng(0, VALID_NOISE, key | j)) for j in rows]
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: nn.Module, data: TokenData, languages: list[str], objective: Objective, dtype: str, at_most: int = 0
+) -> dict[str, float]:
+    """Mean loss in nats for each language, over all processes; every process must call it."""
+    was_training = model.training
+    model.eval()
+    sums = []
+    for language in languages:
+        examples = valid_examples(data, language, objective, at_most)[_rank() :: _world()]
+        loss = 0.0
+        for at in range(0, len(examples), 32):
+            batch = collate(examples[at : at + 32], data.ids.pad)
+            with _autocast(dtype):
+                loss += model(**{name: x.to(_device()) for name, x in batch.items()}).item()
+        sums += [loss, n_targets(examples)]
+    model.train(was_training)
+    sums = _sum_over_ranks(sums)
+    return {language: sums[2 * i] / sums[2 * i + 1] for i, language in enumerate(languages)}
+
+
+def _autocast(dtype: str) -> torch.autocast:
+    return torch.autocast(_device().type, torch.bfloat16, enabled=dtype == "bf16")
+
+
+# The loop ----------------------------------------------------------------------------------------------------------
+
+
+def train_flops(cfg: ModelConfig, rows: int, source: int, target: int, n_targets: int, frozen: bool = False) -> float:
+    """Matrix-product FLOPs of one update, forward and backward, on `rows` rows of `source` and `target` tokens.
+
+    A backward pass costs twice its forward: one product for the inputs' gradient, one for the weights'. A frozen
+    encoder has no backward; neither have the decoder's gradient for its output nor that for the frozen embedding.
+    (Soltan et al. 2023 compare compute by counting a stack's forward as 1 and its backward as 2.)
+    """
+    d, layer = cfg.d_model, 2 * (4 * cfg.d_model**2 + 2 * cfg.d_model * cfg.d_ff)  # a block's products, per token
+    encoder = rows * cfg.n_encoder_layers * (source * layer + 4 * source**2 * d)
+    projection = 2 * n_targets * d * cfg.vocab_size
+    if cfg.n_decoder_layers == 0:
+        return 3 * (encoder + n_targets * 2 * d**2 + projection)
+    cross_kv = rows * cfg.n_decoder_layers * source * 4 * d**2
+    cross = rows * cfg.n_decoder_layers * (target * 4 * d**2 + 4 * target * source * d)
+    decoder = rows * cfg.n_decoder_layers * (target * layer + 4 * target**2 * d) + cross
+    return 3 * decoder + (encoder + 2 * (cross_kv + projection) if frozen else 3 * (encoder + cross_kv + projection))
+
+
+def _optimizers(model: nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW on everything, or Muon (Jordan et al. 2024) on the blocks' matrices and AdamW on the rest.
+
+    All parameters are there from step 0: one that is frozen has no gradient and is passed over. Weight decay is for
+    matrices only. Betas, eps and the rates are this project's choice; paper: Adam with weight decay 0.1.
+    """
+    muon = {n: p for n, p in model.named_parameters() if cfg.optimizer == "muon" and ".blocks." in n and p.ndim == 2}
+    rest = [p for n, p in model.named_parameters() if n not in muon]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, cfg.lr, (0.9, 0.98), eps=1e-6, fused=True)]
+    if muon:
+        optimizers.append(torch.optim.Muon(muon.values(), cfg.muon_lr, weight_decay=cfg.weight_decay))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
+
+
+def rate(step: int, cfg: TrainConfig) -> float:
+    """Learning rate of a step as a share of its peak: linear rise, then linear fall to 5 % at the last step."""
+    rise = cfg.warmup * cfg.steps
+    if step < rise:
+        return (step + 1) / (rise + 1)
+    return 1 - 0.95 * (step - rise) / max(1, cfg.steps - 1 - rise)
+
+
+def freeze_encoder(model: nn.Module, frozen: bool) -> None:
+    """While frozen, encoder and shared embedding get no gradient and the encoder no dropout: it stays what it was."""
+    for part in (model.embed, model.encoder):
+        part.requires_grad_(not frozen)
+        part.train(not frozen)
+
+
+def fit(run: Run, model: nn.Module, objective: Objective, frozen: Callable[[int], bool] = lambda step: False) -> None:
+    """Trains the model by the run's settings and writes its checkpoint; `frozen(step)` freezes the encoder.
+
+    The gradient of a step is that of the mean loss over all targets of its global batch, however the batch is split.
+    """
+    cfg, data, device = run.train, run.data, _device()
+    if cfg.batch_size % _world():
+        raise InputError(f"--batch-size {cfg.batch_size}: not a multiple of the {_world()} processes")
+    model.to(device)
+    optimizers = _optimizers(model, cfg)
+    done, spent = 0, {"tokens": 0, "flops": 0.0, "seconds": 0.0}
+    history = run.init["history"] if run.init else []
+    if run.state:
+        done, spent, history = run.state["step"], run.state["spent"], run.state["history"]
+        model.load_state_dict(run.state["weights"])
+        for optimizer, state in zip(optimizers, run.state["optimizers"]):
+            optimizer.load_state_dict(state)
+        if done == cfg.steps and run.out.exists():
+            _say(f"{run.out}: finished, nothing to do")
+            return
+    log = _Log(run, done)
+
+    def checkpoint(step: int) -> dict:
+        stage = {"stage": run.kind, "steps": step, **spent, "settings": run.settings}
+        weights = {name: x.cpu() for name, x in model.state_dict().items()}
+        return {"kind": run.kind, "config": asdict(run.model), "weights": weights, "tokenizer": data.tokenizer_model,
+                "history": history + [stage]}  # fmt: skip
+
+    def save(step: int) -> None:
+        if _rank() == 0:
+            state = {"step": step, "spent": spent, "settings": run.settings, "data": data.fingerprint}
+            state |= {"history": history, "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
+            save_checkpoint(run.folder / "state.pt", checkpoint(step) | state)
+
+    def evaluate(step: int) -> None:
+        losses = held_out_loss(model, data, data.languages, objective, cfg.dtype, at_most=64)
+        log.losses(step, losses)
+
+    share = cfg.batch_size // _world()
+    micro = cfg.micro_batch_size or share
+    is_frozen, parallel = None, model
+    for step in range(done, cfg.steps):
+        began = time.perf_counter()
+        if frozen(step) != is_frozen:
+            is_frozen = frozen(step)
+            model.train()
+            freeze_encoder(model, is_frozen)
+            if dist.is_initialized():  # a live DDP does not see the change: its ranks would drift apart in silence
+                parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        torch.manual_seed((cfg.seed << 32 ^ step << 8 ^ _rank()) & (1 << 63) - 1)  # dropout
+        first = step * cfg.batch_size + _rank() * share
+        examples = [objective(data.row(i), sample_rng(cfg.seed, NOISE, i)) for i in range(first, first + share)]
+        (all_targets,) = _sum_over_ranks([n_targets(examples)])
+        loss = torch.zeros((), device=device)
+        for at in range(0, share, micro):
+            batch = collate(examples[at : at + micro], data.ids.pad)
+            last = at + micro >= share
+            with contextlib.nullcontext() if last or not dist.is_initialized() else parallel.no_sync():
+                with _autocast(cfg.dtype):
+                    part = parallel(**{name: x.to(device) for name, x in batch.items()})
+                (part * (_world() / all_targets)).backward()  # DDP averages over processes: undo that
+            loss += part.detach()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate(step, cfg)
+            optimizer.step()
+            optimizer.zero_grad()
+        loss_sum, flops = _sum_over_ranks([loss.item(), _flops(run.model, examples, is_frozen)])
+        seconds = time.perf_counter() - began
+        spent = {"tokens": spent["tokens"] + cfg.batch_size * cfg.seq_len, "flops": spent["flops"] + flops,
+                 "seconds": spent["seconds"] + seconds}  # fmt: skip
+        log.step(step, loss_sum / all_targets, float(norm), optimizers[0].param_groups[0]["lr"], seconds)
+        if (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.steps:
+            evaluate(step + 1)
+        if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
+            save(step + 1)
+    evaluate(cfg.steps)
+    save(cfg.steps)
+    if _rank() == 0:
+        save_checkpoint(run.out, checkpoint(cfg.steps))
+        _say(f"{run.out}: {cfg.steps} steps, {spent['tokens']:,} tokens, {spent['flops']:.3g} FLOPs, "
+             f"{spent['seconds']:.0f} s of training")  # fmt: skip
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _flops(cfg: ModelConfig, examples: list[Example], frozen: bool) -> float:
+    target = max(len(example.get("tgt_in", ())) for example in examples)
+    source = max(len(example["src"]) for example in examples)
+    return train_flops(cfg, len(examples), source, target, n_targets(examples), frozen)
+
+
+def _say(line: str) -> None:
+    if _rank() == 0:
+        tqdm.write(line)
+
+
+class _Log:
+    """Progress bar and metrics.jsonl of rank 0; a resumed run drops the lines after its checkpoint."""
+
+    def __init__(self, run: Run, done: int):
+        self.run, self.cfg, self.lines = run, run.train, run.folder / "metrics.jsonl"
+        self.bar = tqdm(total=run.train.steps, initial=done, desc=run.out.name, disable=None if _rank() == 0 else True)
+        if _rank() == 0:
+            try:
+                run.folder.mkdir(exist_ok=True)
+                old = self.lines.read_text().splitlines() if self.lines.exists() and done else []
+                self.lines.write_text("".join(x + "\n" for x in old if json.loads(x)["step"] <= done))
+            except OSError as error:
+                raise InputError(f"{self.lines}: cannot be written ({error.strerror})") from None
+
+    def _write(self, **values: object) -> None:
+        if _rank() == 0:
+            with open(self.lines, "a") as file:
+                file.write(json.dumps(values) + "\n")
+
+    def step(self, step: int, loss: float, norm: float, lr: float, seconds: float) -> None:
+        if step == 0:
+            _say(f"step 0: loss {loss:.3f}, ln V = {math.log(self.run.model.vocab_size):.3f}")
+        speed = self.cfg.batch_size * self.cfg.seq_len / seconds
+        self.bar.set_postfix_str(f"loss {loss:.3f}, norm {norm:.2f}, lr {lr:.1e}, {speed:,.0f} tokens/s")
+        self.bar.update()
+        if step % self.cfg.log_every == 0:
+            self._write(step=step, loss=loss, grad_norm=norm, lr=lr, tokens_per_second=speed)
+
+    def losses(self, step: int, losses: dict[str, float]) -> None:
+        mean = sum(losses.values()) / len(losses)
+        self._write(step=step, held_out=losses, mean=mean)
+        _say(f"step {step}: held-out loss {mean:.3f} ({', '.join(f'{x} {y:.2f}' for x, y in losses.items())})")
