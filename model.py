@@ -375,4 +375,4 @@ def _beam_search(next_log_probs, tokens, cache, k, eos, pad, max_new, length_pen
     unfinished = torch.where(done[:, None], -torch.inf, score / max_new**length_penalty)
     finish(tokens.view(n, k, -1), unfinished)
     best = best[:, 0, 1:]  # [B, max_new]
-    return best[:, : int((best != pad).sum(1).max())]
+    return best[:, : 1 + int((best != pad).any(0).nonzero().max())]

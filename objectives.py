@@ -40,9 +40,10 @@ class SpecialIds:
 def sample_rng(seed: int, stream: int, index: int) -> np.random.Generator:
     """The random numbers of sample `index` of a stream; distinct keys never overlap (a counter-based generator).
 
-    seed and index are below 2**64, stream below 2**64. Salmon et al. 2011 (Philox).
+    All three are from 0 to 2**64 - 1. Salmon et al. 2011 (Philox).
     """
-    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, index]))
+    key, counter = np.array([seed, stream], np.uint64), np.array([0, 0, 0, index], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 def mask_tokens(

@@ -48,6 +48,8 @@ def main() -> None:
     own, steps = run.objective, run.train.steps
     if own.unfreeze_at and not run.settings["init"]:
         raise InputError(f"--unfreeze-at {own.unfreeze_at}: without --init there is no trained encoder to freeze")
+    if run.model.n_decoder_layers < 1:
+        raise InputError(f"--decoder-layers {run.model.n_decoder_layers}: it must be at least 1")
     torch.manual_seed(run.train.seed)
     model = Seq2Seq(run.model)
     if run.init:

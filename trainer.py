@@ -337,8 +337,7 @@ def valid_examples(data: TokenData, language: str, objective: Objective, at_most
 def held_out_loss(
     model: nn.Module, data: TokenData, languages: list[str], objective: Objective, dtype: str, at_most: int = 0
 ) -> dict[str, float]:
-    """Mean loss in nats for each language, over all processes; every process must call it."""
-    was_training = model.training
+    """Mean loss in nats for each language, over all processes; every process must call it. Leaves model.eval()."""
     model.eval()
     sums = []
     for language in languages:
@@ -349,7 +348,6 @@ def held_out_loss(
             with _autocast(dtype):
                 loss += model(**{name: x.to(_device()) for name, x in batch.items()}).item()
         sums += [loss, n_targets(examples)]
-    model.train(was_training)
     sums = _sum_over_ranks(sums)
     return {language: sums[2 * i] / sums[2 * i + 1] for i, language in enumerate(languages)}
 
@@ -455,15 +453,13 @@ def fit(run: Run, model: nn.Module, objective: Objective, frozen: Callable[[int]
 
     share = cfg.batch_size // _world()
     micro = cfg.micro_batch_size or share
-    is_frozen, parallel = None, model
+    parallel = None
     for step in range(done, cfg.steps):
         began = time.perf_counter()
-        if frozen(step) != is_frozen:
-            is_frozen = frozen(step)
-            model.train()
-            freeze_encoder(model, is_frozen)
-            if dist.is_initialized():  # a live DDP does not see the change: its ranks would drift apart in silence
-                parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        freeze_encoder(model.train(), frozen(step))
+        if dist.is_initialized() and frozen(step) != frozen(step - 1) or parallel is None:
+            # A live DDP does not see the change: its ranks would drift apart in silence.
+            parallel = DistributedDataParallel(model, gradient_as_bucket_view=True) if dist.is_initialized() else model
         torch.manual_seed((cfg.seed << 32 ^ step << 8 ^ _rank()) & (1 << 63) - 1)  # dropout
         first = step * cfg.batch_size + _rank() * share
         examples = [objective(data.row(i), sample_rng(cfg.seed, NOISE, i)) for i in range(first, first + share)]
@@ -483,7 +479,7 @@ def fit(run: Run, model: nn.Module, objective: Objective, frozen: Callable[[int]
                 group["lr"] = group["peak"] * rate(step, cfg)
             optimizer.step()
             optimizer.zero_grad()
-        loss_sum, flops = _sum_over_ranks([loss.item(), _flops(run.model, examples, is_frozen)])
+        loss_sum, flops = _sum_over_ranks([loss.item(), _flops(run.model, examples, frozen(step))])
         seconds = time.perf_counter() - began
         spent = {"tokens": spent["tokens"] + cfg.batch_size * cfg.seq_len, "flops": spent["flops"] + flops,
                  "seconds": spent["seconds"] + seconds}  # fmt: skip

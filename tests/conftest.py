@@ -1,0 +1,58 @@
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+import data  # noqa: E402
+
+torch.set_num_threads(2)
+
+# A model of a few thousand weights, so that a test takes a second.
+SMALL = ["--d-model", "32", "--n-heads", "2", "--d-ff", "64", "--encoder-layers", "2"]
+ROWS = ["--batch-size", "4", "--seq-len", "32", "--dtype", "fp32"]
+
+
+@pytest.fixture(scope="session")
+def text_dir(tmp_path_factory) -> Path:
+    """Three languages of the embedded corpus."""
+    folder = tmp_path_factory.mktemp("text")
+    for language in ("de", "en", "hi"):
+        (folder / f"{language}.txt").write_bytes((data.SAMPLE_TEXT / f"{language}.txt").read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_dir(text_dir, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "shards"
+    data.prepare(text_dir, folder, vocab_size=1000, valid_fraction=0.2)
+    return folder
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path) -> Callable[..., None]:
+    """Runs the main function of a script in this process and in an empty folder, with the given arguments."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(module, *arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
+        module.main()
+
+    return run
+
+
+@pytest.fixture
+def script(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs a script in a process of its own, as a user does."""
+
+    def run(name: str, *arguments: object, **more) -> subprocess.CompletedProcess:
+        line = [sys.executable, str(ROOT / name), *map(str, arguments)]
+        return subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=300, **more)
+
+    return run

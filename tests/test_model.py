@@ -1,0 +1,210 @@
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model import IGNORE, PRESETS, MaskedLM, ModelConfig, ProjectionLoss, Seq2Seq, generate
+
+SMALL = dict(vocab_size=120, d_model=32, n_heads=4, d_ff=64, n_encoder_layers=2, max_len=24)
+BOS, EOS, PAD = 1, 2, 0
+
+
+def seq2seq(**changes) -> Seq2Seq:
+    """A model whose weights are large enough that its predictions differ from each other."""
+    torch.manual_seed(0)
+    model = Seq2Seq(ModelConfig(**{**SMALL, "n_decoder_layers": 2, **changes})).eval()
+    for p in model.parameters():
+        p.data += 0.2 * torch.randn_like(p)
+    return model
+
+
+def masked_lm() -> MaskedLM:
+    torch.manual_seed(0)
+    model = MaskedLM(ModelConfig(**SMALL)).eval()
+    for p in model.parameters():
+        p.data += 0.2 * torch.randn_like(p)
+    return model
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 40), st.integers(2, 60), st.integers(1, 50), st.booleans(), st.integers(0, 2**31))
+def test_chunked_loss_equals_the_plain_one(n, vocab, rows, with_bias, seed):
+    torch.manual_seed(seed)
+    hidden, weight = torch.randn(n, 8, requires_grad=True), torch.randn(vocab, 8, requires_grad=True)
+    bias = torch.randn(vocab, requires_grad=True) if with_bias else None
+    targets = torch.where(torch.rand(n) < 0.2, IGNORE, torch.randint(0, vocab, (n,)))
+    leaves = [x for x in (hidden, weight, bias) if x is not None]
+    plain = F.cross_entropy(F.linear(hidden, weight, bias), targets, ignore_index=IGNORE, reduction="sum")
+    expected = torch.autograd.grad(plain * 0.7, leaves)
+    whole = ProjectionLoss.CHUNK_LOGITS
+    try:
+        ProjectionLoss.CHUNK_LOGITS = rows * vocab
+        chunked = ProjectionLoss.apply(hidden, weight, bias, targets)
+        seen = torch.autograd.grad(chunked * 0.7, leaves)
+    finally:
+        ProjectionLoss.CHUNK_LOGITS = whole
+    torch.testing.assert_close(chunked, plain, rtol=1e-5, atol=1e-5)
+    for a, b in zip(seen, expected):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_chunked_loss_never_holds_all_logits():
+    """The largest tensor made is a chunk: seen by watching every operation."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(x, torch.Tensor):
+                    largest = max(largest, x.numel())
+            return out
+
+    hidden, weight = torch.randn(3000, 4, requires_grad=True), torch.randn(10_000, 4, requires_grad=True)
+    with Watch():
+        ProjectionLoss.apply(hidden, weight, None, torch.zeros(3000, dtype=torch.long)).backward()
+    assert largest <= ProjectionLoss.CHUNK_LOGITS < 3000 * 10_000
+
+
+def test_bf16_loss_is_close():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(64, 32, requires_grad=True), (0.1 * torch.randn(500, 32)).requires_grad_()
+    targets = torch.randint(0, 500, (64,))
+    exact = ProjectionLoss.apply(hidden, weight, None, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = ProjectionLoss.apply(hidden, weight, None, targets)
+    assert abs(rounded / exact - 1) < 1e-3
+    a, b = (torch.autograd.grad(x, weight)[0] for x in (exact, rounded))
+    assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999
+
+
+def test_losses_are_those_of_the_logits():
+    src = torch.randint(6, 120, (3, 10))
+    labels = torch.where(torch.rand(3, 10) < 0.4, src, IGNORE)
+    lm, model = masked_lm(), seq2seq()
+    expected = F.cross_entropy(lm.logits(src).flatten(0, 1), labels.flatten(), reduction="sum")
+    torch.testing.assert_close(lm(src, labels), expected)
+    tgt_in = torch.randint(6, 120, (3, 12))
+    tgt_out = torch.where(torch.rand(3, 12) < 0.4, IGNORE, tgt_in)
+    expected = F.cross_entropy(model.logits(src, tgt_in).flatten(0, 1), tgt_out.flatten(), reduction="sum")
+    torch.testing.assert_close(model(src, tgt_in, tgt_out), expected)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 10), st.integers(0, 10), st.integers(0, 1000))
+def test_padding_changes_nothing(length, padding, seed):
+    torch.manual_seed(seed)
+    src = torch.randint(6, 120, (1, length))
+    padded = torch.cat([src, torch.randint(0, 120, (1, padding))], 1)  # whatever stands in the padding
+    mask = (torch.arange(length + padding) < length)[None]
+    model, tgt_in = seq2seq(), torch.randint(6, 120, (1, 7))
+    torch.testing.assert_close(model.encode(padded, mask)[:, :length], model.encode(src))
+    torch.testing.assert_close(model.logits(padded, tgt_in, mask), model.logits(src, tgt_in))
+
+
+def test_the_decoder_does_not_look_ahead_and_the_encoder_does():
+    model, src, tgt_in = seq2seq(), torch.randint(6, 120, (1, 9)), torch.randint(6, 120, (1, 9))
+    before, changed = model.logits(src, tgt_in), tgt_in.clone()
+    changed[0, 5] += 1
+    after = model.logits(src, changed)
+    torch.testing.assert_close(after[:, :5], before[:, :5])
+    assert (after[:, 5:] - before[:, 5:]).abs().amax(-1).min() > 1e-3
+    other = src.clone()
+    other[0, 8] = (other[0, 8] + 1) % 120
+    assert (model.logits(other, tgt_in) - before).abs().amax(-1).min() > 1e-4  # cross-attention is there
+    assert (model.encode(other) - model.encode(src)).abs().amax(-1).min() > 1e-4
+
+
+@pytest.mark.parametrize("n_decoder_layers", [1, 3])
+@pytest.mark.parametrize("beams", [1, 2, 5])
+def test_the_cache_changes_no_token(n_decoder_layers, beams):
+    model = seq2seq(n_decoder_layers=n_decoder_layers)
+    lengths = torch.tensor([9, 3, 6, 1])
+    src, mask = torch.randint(6, 120, (4, 9)), torch.arange(9) < lengths[:, None]
+    options = dict(bos=BOS, eos=EOS, pad=PAD, max_new=20, beams=beams)
+    cached = generate(model, src, mask, **options)
+    assert torch.equal(cached, generate(model, src, mask, **options, use_cache=False))
+    for row, length, out in zip(src, lengths, cached):  # nor does company in the batch
+        alone = generate(model, row[None, :length], **options)[0]
+        assert torch.equal(F.pad(alone, (0, len(out) - len(alone)), value=PAD), out)
+
+
+def test_generation_ends_at_eos_and_pads():
+    model = seq2seq()
+    model.embed.weight.data[EOS] *= 3  # make the end likely
+    out = generate(model, torch.randint(6, 120, (16, 9)), bos=BOS, eos=EOS, pad=PAD, max_new=20)
+    ended = 0
+    for row in out.tolist():
+        if EOS in row:
+            ended += 1
+            assert set(row[row.index(EOS) + 1 :]) <= {PAD}
+    assert ended and len({row.index(EOS) for row in out.tolist() if EOS in row}) > 1
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0])
+def test_a_wide_beam_finds_the_best_of_all_sequences(length_penalty):
+    """With as many beams as there are prefixes, beam search is exhaustive: compare with trying everything."""
+    model = seq2seq(vocab_size=5, n_heads=2)
+    src = torch.tensor([[3, 4, 3], [4, 4, 4]])
+    options = dict(bos=BOS, eos=EOS, pad=PAD, max_new=3)
+    out = generate(model, src, **options, beams=64, length_penalty=length_penalty)
+    for row, found in zip(src, out.tolist()):
+        best, best_score = None, -math.inf
+        for candidate in itertools.product(range(5), repeat=3):
+            if EOS in candidate:
+                candidate = candidate[: candidate.index(EOS) + 1]
+            tgt_in = torch.tensor([[BOS, *candidate[:-1]]])
+            log_probs = model.logits(row[None], tgt_in)[0].log_softmax(-1)
+            score = sum(log_probs[i, t].item() for i, t in enumerate(candidate)) / len(candidate) ** length_penalty
+            if score > best_score:
+                best, best_score = list(candidate), score
+        assert found[: len(best)] == best and set(found[len(best) :]) <= {PAD}
+
+
+def test_loss_of_a_new_model_is_about_ln_v():
+    torch.manual_seed(0)
+    cfg = ModelConfig(**{**SMALL, "vocab_size": 5000, **PRESETS["tiny"]})
+    src, targets = torch.randint(6, 5000, (2, 16, 20))
+    for loss in (MaskedLM(cfg)(src, targets), Seq2Seq(cfg)(src, src, targets)):
+        assert abs(loss.item() / targets.numel() / math.log(5000) - 1) < 0.03
+
+
+def test_the_paper_preset_has_the_size_the_team_reports():
+    """12 + 12 layers at width 1024 and one embedding of 150k pieces: about 507M weights (the "500M" of the paper)."""
+    with torch.device("meta"):
+        model = Seq2Seq(ModelConfig(vocab_size=150_000, max_len=512, **PRESETS["paper"]))
+    assert 505e6 < sum(p.numel() for p in model.parameters()) < 509e6
+
+
+def test_only_the_embedding_is_shared():
+    names = dict(seq2seq().named_parameters())
+    assert len(names) == len({p.data_ptr() for p in names.values()})
+    assert [x for x in names if "embed" in x] == ["embed.weight"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"d_model": 30}, {"vocab_size": 0}, {"dropout": 1.0}, {"n_decoder_layers": -1}, {"n_encoder_layers": 0}]
+)
+def test_impossible_shapes_are_refused(change):
+    with pytest.raises(ValueError, match=str(next(iter(change.values())))):
+        ModelConfig(**{**SMALL, **change})
+
+
+def test_a_seq2seq_model_needs_a_decoder():
+    with pytest.raises(ValueError, match="at least 1"):
+        Seq2Seq(ModelConfig(**SMALL))
+
+
+def test_dropout_is_where_it_should_be():
+    torch.manual_seed(0)
+    model = MaskedLM(ModelConfig(**SMALL, dropout=0.5))
+    src = torch.randint(6, 120, (2, 8))
+    assert not torch.equal(model.train().encode(src), model.encode(src))
+    assert torch.equal(model.eval().encode(src), model.encode(src))

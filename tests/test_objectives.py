@@ -1,0 +1,203 @@
+import subprocess
+import sys
+from math import exp, factorial
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+
+from objectives import (
+    IGNORE,
+    NOISE,
+    ORDER,
+    SpecialIds,
+    drop_spans,
+    mask_spans,
+    mask_tokens,
+    noise_row,
+    sample_rng,
+    sample_spans,
+    sentinel_spans,
+)
+
+IDS = SpecialIds(1000)
+SIX = np.arange(106, 112)
+seeds, lengths, densities = st.integers(0, 2**64 - 1), st.integers(1, 2048), st.floats(0, 1, exclude_max=True)
+
+
+def row_of(length: int, rng: np.random.Generator) -> np.ndarray:
+    """A row of ordinary tokens with a document end here and there."""
+    tokens = IDS.ordinary + (rng.random(length) * (IDS.vocab_size - IDS.ordinary)).astype(np.int64)
+    tokens[rng.random(length) < 0.03] = IDS.eos
+    return tokens
+
+
+# The worked examples of the docstrings, verbatim.
+
+
+def test_worked_example_of_mlm():
+    tokens = np.array([106, 107, 108, 109, 110, 2])
+    inputs, labels = mask_tokens(tokens, sample_rng(0, 1, 38), IDS, 0.4)
+    assert inputs.tolist() == [106, 4, 108, 109, 110, 2]
+    assert labels.tolist() == [-100, 107, -100, -100, 110, -100]
+
+
+def test_worked_example_of_spans():
+    starts, span_lengths = sample_spans(6, 0.5, 3.0, sample_rng(0, 1, 6))
+    assert (starts.tolist(), span_lengths.tolist()) == ([1, 5], [2, 1])
+
+
+def test_worked_example_of_drop():
+    assert drop_spans(SIX, np.array([1, 5]), np.array([2, 1])).tolist() == [106, 109, 110]
+
+
+def test_worked_example_of_mask():
+    assert mask_spans(SIX, np.array([1, 5]), np.array([2, 1]), IDS).tolist() == [106, 4, 109, 110, 4]
+
+
+def test_worked_example_of_sentinel():
+    source, target = sentinel_spans(SIX, np.array([1, 5]), np.array([2, 1]), IDS)
+    assert source.tolist() == [106, 6, 109, 110, 7]
+    assert target.tolist() == [6, 107, 108, 7, 111, 8]
+
+
+def test_no_spans_change_nothing():
+    none = np.zeros(0, np.int64)
+    assert drop_spans(SIX, none, none).tolist() == mask_spans(SIX, none, none, IDS).tolist() == SIX.tolist()
+    source, target = sentinel_spans(SIX, none, none, IDS)
+    assert source.tolist() == SIX.tolist() and target.tolist() == [6]
+
+
+# Properties, for every length, density and seed.
+
+
+@given(lengths, densities, seeds)
+def test_mlm_masks_an_exact_number_of_ordinary_tokens(length, prob, seed):
+    tokens = row_of(length, sample_rng(seed, ORDER, 0))
+    before = tokens.copy()
+    inputs, labels = mask_tokens(tokens, sample_rng(seed, NOISE, 0), IDS, prob)
+    asked = labels != IGNORE
+    ordinary = tokens >= IDS.ordinary
+    assert asked.sum() == min(round(length * prob), ordinary.sum())
+    assert (labels[asked] == tokens[asked]).all() and not asked[~ordinary].any()
+    assert (inputs[~asked] == tokens[~asked]).all()
+    changed = inputs[inputs != tokens]
+    assert ((changed == IDS.mask) | ((changed >= IDS.ordinary) & (changed < IDS.vocab_size))).all()
+    assert (tokens == before).all()
+
+
+@given(lengths, densities, st.floats(0.1, 1000), seeds)
+def test_spans_meet_their_budget_and_are_apart(length, density, mean_span, seed):
+    starts, span_lengths = sample_spans(length, density, mean_span, sample_rng(seed, NOISE, 0))
+    assert span_lengths.sum() == round(length * density)
+    assert (span_lengths > 0).all()
+    ends = starts + span_lengths
+    assert (starts[1:] > ends[:-1]).all()
+    assert len(starts) == 0 or (starts[0] >= 0 and ends[-1] <= length)
+
+
+@given(lengths, densities, seeds)
+def test_noise_of_a_row(length, density, seed):
+    tokens = row_of(length, sample_rng(seed, ORDER, 0))
+    budget, ordinary = round(length * density), (tokens >= IDS.ordinary).sum()
+    if budget >= ordinary:
+        with pytest.raises(ValueError, match="lower the density"):
+            noise_row(tokens, sample_rng(seed, NOISE, 0), IDS, "drop", density)
+        return
+    dropped, clean = noise_row(tokens, sample_rng(seed, NOISE, 0), IDS, "drop", density)
+    assert len(dropped) == length - budget and (clean == tokens).all()
+    masked, clean = noise_row(tokens, sample_rng(seed, NOISE, 0), IDS, "mask", density)
+    assert (masked[masked != IDS.mask] == dropped).all() and (clean == tokens).all()
+    assert (dropped == IDS.eos).sum() == (tokens == IDS.eos).sum()  # no document end is lost
+    assert ((masked == IDS.mask).sum() > 0) == (budget > 0)
+    if (masked == IDS.mask).sum() < IDS.n_sentinels:
+        source, target = noise_row(tokens, sample_rng(seed, NOISE, 0), IDS, "sentinel", density)
+        assert (np.where((source >= 6) & (source < 106), IDS.mask, source) == masked).all()
+        assert put_back(source, target).tolist() == tokens.tolist()
+    else:
+        with pytest.raises(ValueError, match="sentinels"):
+            noise_row(tokens, sample_rng(seed, NOISE, 0), IDS, "sentinel", density)
+
+
+def put_back(source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """The row that a sentinel example was made from: each sentinel replaced by what follows it in the target."""
+    out = []
+    for token in source:
+        if IDS.sentinel <= token < IDS.ordinary:
+            at = int(np.flatnonzero(target == token)[0]) + 1
+            while target[at] >= IDS.ordinary:
+                out.append(target[at])
+                at += 1
+        else:
+            out.append(token)
+    return np.array(out)
+
+
+@pytest.mark.parametrize("bad", [(0, 0.1, 3.0), (5, 1.0, 3.0), (5, -0.1, 3.0), (5, 0.1, 0.0), (5, 0.1, 1001.0)])
+def test_bad_spans_are_refused(bad):
+    with pytest.raises(ValueError, match="length .* density .* mean_span"):
+        sample_spans(*bad, sample_rng(0, NOISE, 0))
+
+
+def test_bad_noise_and_mask_prob_are_refused():
+    with pytest.raises(ValueError, match="drop, mask or sentinel"):
+        noise_row(SIX, sample_rng(0, NOISE, 0), IDS, "shuffle")
+    with pytest.raises(ValueError, match="mask_prob is 1"):
+        mask_tokens(SIX, sample_rng(0, NOISE, 0), IDS, 1.0)
+
+
+# Statistics. Bounds are five standard deviations of a correct implementation.
+
+
+def test_eighty_ten_ten():
+    tokens = np.full(1000, 500)
+    fates = np.zeros(3)
+    for i in range(200):
+        inputs, labels = mask_tokens(tokens, sample_rng(0, NOISE, i), IDS, 0.5)
+        inputs = inputs[labels != IGNORE]
+        fates += [(inputs == IDS.mask).sum(), ((inputs != IDS.mask) & (inputs != 500)).sum(), (inputs == 500).sum()]
+    n = fates.sum()
+    expected = np.array([0.8, 0.1, 0.1])
+    assert n == 100_000
+    assert (abs(fates / n - expected) < 5 * np.sqrt(expected * (1 - expected) / n) + 1e-3).all()
+
+
+@pytest.mark.parametrize("what", ["mlm", "spans"])
+def test_every_position_is_as_likely(what):
+    counts = np.zeros(40)
+    for i in range(20_000):
+        rng = sample_rng(0, NOISE, i)
+        if what == "mlm":
+            counts += mask_tokens(np.full(40, 500), rng, IDS, 0.15)[1] != IGNORE
+        else:
+            for start, length in zip(*sample_spans(40, 0.15, 3.0, rng)):
+                counts[start : start + length] += 1
+    assert counts.sum() == 20_000 * 6
+    assert abs(counts / 20_000 - 0.15).max() < 5 * np.sqrt(0.15 * 0.85 / 20_000)
+
+
+def test_span_lengths_follow_the_poisson():
+    """In a long row few spans are cut, at the end of the budget and of the row: allow for those two."""
+    drawn = np.concatenate([sample_spans(2000, 0.15, 3.0, sample_rng(0, NOISE, i))[1] for i in range(300)])
+    k = np.arange(1, 13)
+    expected = np.array([exp(-3) * 3.0**i / factorial(i) for i in k]) / (1 - exp(-3))
+    seen = np.array([(drawn == i).mean() for i in k])
+    assert abs(seen - expected).max() < 5 * np.sqrt(0.25 / len(drawn)) + 2 * 300 / len(drawn)
+
+
+def test_keys_give_distinct_and_repeatable_numbers():
+    draws = {tuple(sample_rng(seed, s, i).random(2)) for seed in (0, 7) for s in (ORDER, NOISE) for i in range(20_000)}
+    assert len(draws) == 80_000
+    line = "import objectives; print(objectives.sample_rng(3, 1, 2**63).random(3).tolist())"
+    other = subprocess.run([sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert other.stdout.strip() == str(sample_rng(3, 1, 2**63).random(3).tolist())
+
+
+def test_a_row_is_what_it_was():
+    """The noise of a key, literally: a change here would change every run that anybody resumes."""
+    source, _ = noise_row(np.arange(106, 138), sample_rng(1, NOISE, 2), IDS, "mask")
+    assert source.tolist() == [*range(106, 112), IDS.mask, *range(117, 138)]
+    inputs, _ = mask_tokens(np.arange(106, 126), sample_rng(1, NOISE, 2), IDS)
+    assert inputs.tolist() == [*range(106, 117), 4, 118, 4, *range(120, 125), 4]

@@ -1,0 +1,381 @@
+import json
+import math
+import os
+import re
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, ROWS, SMALL
+from torch.utils.flop_counter import FlopCounterMode
+
+import extract
+import train_encoder
+import train_seq2seq
+import trainer
+from data import InputError, TokenData
+from model import IGNORE, PRESETS, MaskedLM, ModelConfig, Seq2Seq
+from trainer import TrainConfig, collate, load_checkpoint, rate, save_checkpoint, train_flops
+
+
+def weights(path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(path)["weights"]
+
+
+def same(a: dict, b: dict, part: str = "") -> bool:
+    names = [name for name in a if name.startswith(part)]
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in names) and bool(names)
+
+
+def metrics(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def encoder(command, data_dir, tmp_path):
+    command(train_encoder, "--data", data_dir, *SMALL, *ROWS, "--steps", 3, "--lr", 0.01, "--out", "enc.pt")
+    return tmp_path / "enc.pt"
+
+
+# What must hold ----------------------------------------------------------------------------------------------------
+
+
+def test_the_two_recipes(command, data_dir, encoder, tmp_path, capsys):
+    """Encoder first; seq2seq around it; the encoder of that taken out again, bit for bit, and continued."""
+    stage2 = ["--data", data_dir, *ROWS, "--init", "enc.pt", "--lr", 0.01, "--steps", 4]
+    command(train_seq2seq, *stage2, "--unfreeze-at", 1, "--out", "frozen.pt")
+    printed = capsys.readouterr().out
+    assert "loaded 32 tensors (embed, encoder)" in printed and "new 47 tensors (decoder)" in printed
+    assert "unused 5 tensors (head, head_bias)" in printed
+    command(train_seq2seq, *stage2, "--unfreeze-at", 0.5, "--out", "seq2seq.pt")
+    start, frozen, thawed = weights(encoder), weights(tmp_path / "frozen.pt"), weights(tmp_path / "seq2seq.pt")
+    for part in ("embed", "encoder"):
+        assert all(torch.equal(frozen[name], start[name]) for name in start if name.startswith(part))
+        assert not any(torch.equal(thawed[name], start[name]) for name in start if name.startswith(part))
+
+    command(extract, "seq2seq.pt", "--out", "enc-extracted.pt")
+    seq2seq, _ = trainer.load_model(tmp_path / "seq2seq.pt", "seq2seq")
+    extracted, checkpoint = trainer.load_model(tmp_path / "enc-extracted.pt", "encoder")
+    src = torch.randint(106, 1000, (4, 20))
+    mask = torch.arange(20) < torch.tensor([20, 3, 7, 1])[:, None]
+    assert torch.equal(extracted.encode(src, mask), seq2seq.encode(src, mask))
+    assert [stage["stage"] for stage in checkpoint["history"]] == ["encoder", "seq2seq", "extract"]
+
+    command(train_encoder, "--data", data_dir, *ROWS, "--init", "enc-extracted.pt", "--steps", 2, "--out", "more.pt")
+    history = load_checkpoint(tmp_path / "more.pt")["history"]
+    assert [stage["stage"] for stage in history] == ["encoder", "seq2seq", "extract", "encoder"]
+    assert [stage["tokens"] for stage in history] == [3 * 128, 4 * 128, 0, 2 * 128]
+
+
+def test_loss_at_step_0_is_about_ln_v(command, data_dir, tmp_path, capsys):
+    command(train_encoder, "--data", data_dir, "--steps", 1, "--batch-size", 8, "--seq-len", 64)
+    loss = metrics(tmp_path / "enc.run" / "metrics.jsonl")[0]["loss"]
+    assert abs(loss / math.log(1000) - 1) < 0.03
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("cut", [2, 3, 4])
+def test_resume_is_exact_across_the_unfreeze_step(command, data_dir, encoder, tmp_path, monkeypatch, optimizer, cut):
+    """Six steps, unfrozen after three, killed after `cut` and resumed: the same weights and the same log."""
+    flags = ["--data", data_dir, *ROWS, "--init", "enc.pt", "--unfreeze-at", 0.5, "--steps", 6, "--dropout", 0.1,
+             "--optimizer", optimizer, "--save-every", 1, "--log-every", 1, "--eval-every", 2]  # fmt: skip
+    command(train_seq2seq, *flags, "--out", "whole.pt")
+    real = trainer.save_checkpoint
+
+    def killed(path, content):
+        real(path, content)
+        if content["step"] == cut:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "save_checkpoint", killed)
+    with pytest.raises(KeyboardInterrupt):
+        command(train_seq2seq, *flags, "--out", "cut.pt")
+    monkeypatch.setattr(trainer, "save_checkpoint", real)
+    assert not (tmp_path / "cut.pt").exists()
+    command(train_seq2seq, "--out", "cut.pt", "--resume")
+    assert same(weights(tmp_path / "cut.pt"), weights(tmp_path / "whole.pt"))
+    whole, cut_ = (metrics(tmp_path / f"{name}.run" / "metrics.jsonl") for name in ("whole", "cut"))
+    for line in whole + cut_:
+        line.pop("tokens_per_second", None)
+    assert cut_ == whole
+    before = (tmp_path / "cut.pt").stat().st_mtime_ns
+    command(train_seq2seq, "--out", "cut.pt", "--resume")  # finished: nothing to do
+    assert (tmp_path / "cut.pt").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("micro", [1, 3, 8])
+def test_micro_batches_change_nothing(command, data_dir, encoder, tmp_path, micro):
+    """With sources padded differently in each split, and targets of unequal number (sentinels)."""
+    flags = ["--data", data_dir, "--init", "enc.pt", "--noise", "sentinel", "--mean-span", 1.5, "--steps", 3]
+    flags += ["--batch-size", 8, "--dtype", "fp32"]
+    command(train_seq2seq, *flags, "--out", "whole.pt")
+    command(train_seq2seq, *flags, "--micro-batch-size", micro, "--out", "split.pt")
+    for name, x in weights(tmp_path / "whole.pt").items():
+        torch.testing.assert_close(weights(tmp_path / "split.pt")[name], x, rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_train_the_same_model(command, data_dir, encoder, tmp_path):
+    """DDP over gloo, across the unfreeze step; both ranks end with the same weights as one process alone."""
+    flags = ["--data", data_dir, "--init", "enc.pt", "--noise", "sentinel", "--mean-span", 1.5, "--steps", 4,
+             "--unfreeze-at", 0.5, "--batch-size", 8, "--micro-batch-size", 2, "--dtype", "fp32"]  # fmt: skip
+    command(train_seq2seq, *flags, "--out", "one.pt")
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(ROOT / "train_seq2seq.py")]
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    subprocess.run([*line, *map(str, flags), "--out", "two.pt"], cwd=tmp_path, env=environment, check=True, timeout=200)
+    one, two = weights(tmp_path / "one.pt"), weights(tmp_path / "two.pt")
+    for name, x in one.items():
+        torch.testing.assert_close(two[name], x, rtol=1e-4, atol=1e-5)
+    a, b = (metrics(tmp_path / f"{name}.run" / "metrics.jsonl")[-1]["held_out"] for name in ("one", "two"))
+    assert a == pytest.approx(b, abs=1e-4)
+
+
+def test_frozen_encoder_costs_no_backward(data_dir):
+    model = Seq2Seq(ModelConfig(1000, **{**PRESETS["tiny"], "dropout": 0.5}, max_len=32)).train()
+    trainer.freeze_encoder(model, True)
+    src = torch.randint(106, 1000, (2, 8))
+    assert not model.encode(src).requires_grad
+    assert torch.equal(model.encode(src), model.encode(src)) and model.decoder.training
+    model(src, src, src).backward()
+    assert all(p.grad is None for part in (model.embed, model.encoder) for p in part.parameters())
+    assert all(p.grad is not None for p in model.decoder.parameters())
+    trainer.freeze_encoder(model, False)
+    model(src, src, src).backward()
+    assert all(p.grad is not None for p in model.embed.parameters()) and model.encoder.training
+
+
+@pytest.mark.parametrize("preset", ["tiny", "small"])
+@pytest.mark.parametrize("kind", ["encoder", "seq2seq", "frozen", "shallow"])
+def test_ledger_counts_what_torch_counts(preset, kind):
+    decoder_layers = {"encoder": 0, "shallow": 1}.get(kind, PRESETS[preset]["n_decoder_layers"])
+    cfg = ModelConfig(2000, **{**PRESETS[preset], "dropout": 0.0, "n_decoder_layers": decoder_layers}, max_len=64)
+    src, tgt = torch.randint(106, 2000, (2, 54)), torch.randint(106, 2000, (2, 64))
+    labels = src.clone()
+    labels[:, 8:] = IGNORE
+    model = (MaskedLM if kind == "encoder" else Seq2Seq)(cfg)
+    if kind == "frozen":
+        trainer.freeze_encoder(model, True)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        (model(src, labels) if kind == "encoder" else model(src, tgt, tgt)).backward()
+    targets = 16 if kind == "encoder" else tgt.numel()
+    expected = counter.get_total_flops()
+    assert train_flops(cfg, 2, 54, 64, targets, kind == "frozen") == pytest.approx(expected, rel=0.01)
+
+
+def test_ledger_of_a_run_adds_up(command, data_dir, encoder, tmp_path):
+    command(train_seq2seq, "--data", data_dir, "--init", "enc.pt", *ROWS, "--steps", 4, "--unfreeze-at", 0.5)
+    first, second = load_checkpoint(tmp_path / "seq2seq.pt")["history"]
+    cfg = ModelConfig(**load_checkpoint(tmp_path / "seq2seq.pt")["config"])
+    source = 32 - round(32 * 0.15)
+    costs = [train_flops(cfg, 4, source, 32, 4 * 32, frozen) for frozen in (True, False)]
+    assert second["flops"] == pytest.approx(2 * sum(costs)) and costs[0] < 0.8 * costs[1]
+    assert first == load_checkpoint(encoder)["history"][0] and first["steps"] == 3 and first["seconds"] > 0
+
+
+# Parts -------------------------------------------------------------------------------------------------------------
+
+
+def test_rate_rises_and_falls_to_a_twentieth():
+    cfg = TrainConfig(steps=1000, warmup=0.1)
+    rates = [rate(step, cfg) for step in range(1000)]
+    assert max(rates) == rates[100] == 1 and rates[-1] == pytest.approx(0.05)
+    assert np.diff(rates[:101]).min() > 0 and np.diff(rates[100:]).max() < 0
+    assert 0 < rates[0] < 0.02 and np.ptp(np.diff(rates[100:])) < 1e-12
+
+
+def test_only_matrices_decay_and_muon_gets_the_blocks():
+    model = Seq2Seq(ModelConfig(1000, **PRESETS["tiny"], max_len=32))
+    names = {id(p): name for name, p in model.named_parameters()}
+    (adamw,) = trainer._optimizers(model, TrainConfig(lr=1e-3))
+    decayed = {names[id(p)]: group["weight_decay"] for group in adamw.param_groups for p in group["params"]}
+    assert len(decayed) == len(names)
+    assert all((wd > 0) == (not re.search("bias|norm", name)) for name, wd in decayed.items())
+    adamw, muon = trainer._optimizers(model, TrainConfig(lr=1e-3, optimizer="muon"))
+    moved = {names[id(p)] for p in muon.param_groups[0]["params"]}
+    assert moved == {n for n in names.values() if ".blocks." in n and n.endswith("weight") and "norm" not in n}
+    assert sum(len(group["params"]) for group in adamw.param_groups) + len(moved) == len(names)
+
+
+def test_collate_pads_only_where_it_must():
+    a = {"src": np.array([5, 6, 7]), "tgt_in": np.array([1, 5]), "tgt_out": np.array([5, 6])}
+    b = {"src": np.array([8]), "tgt_in": np.array([1]), "tgt_out": np.array([9])}
+    batch = {name: x.tolist() for name, x in collate([a, b], pad=0).items()}
+    assert batch == {
+        "src": [[5, 6, 7], [8, 0, 0]], "src_mask": [[True, True, True], [True, False, False]],
+        "tgt_in": [[1, 5], [1, 0]], "tgt_out": [[5, 6], [9, IGNORE]],
+    }  # fmt: skip
+    assert "src_mask" not in collate([a, a], pad=0)
+
+
+def test_held_out_loss_is_the_mean_over_targets(data_dir):
+    torch.manual_seed(0)
+    data = TokenData(data_dir, 32)
+    model = MaskedLM(ModelConfig(1000, d_model=32, n_heads=2, d_ff=64, n_encoder_layers=1, max_len=32))
+    objective = train_encoder.encoder_objective(data.ids, train_encoder.MLMConfig())
+    seen = trainer.held_out_loss(model, data, ["hi", "en"], objective, "fp32")
+    assert list(seen) == ["hi", "en"]
+    examples = trainer.valid_examples(data, "en", objective)
+    assert len(examples) == data.n_valid_rows("en")
+    losses = [model(torch.tensor(x["src"])[None], torch.tensor(x["labels"])[None]).item() for x in examples]
+    assert seen["en"] == pytest.approx(sum(losses) / trainer.n_targets(examples), rel=1e-5)
+    few = trainer.valid_examples(data, "en", objective, at_most=3)
+    assert len(few) == 3 and all(any((a["src"] == b["src"]).all() for b in examples) for a in few)
+
+
+# Bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "module, flags, complaint",
+    [
+        (train_encoder, ["--data", "nowhere"], "nowhere: no meta.json"),
+        (train_encoder, ["--batch-size", 0], "--batch-size is 0"),
+        (train_encoder, ["--steps", -1], "--steps is -1"),
+        (train_encoder, ["--lr", "nan"], "--lr is nan"),
+        (train_encoder, ["--warmup", 2], "--warmup is 2.0"),
+        (train_encoder, ["--dropout", 1], "--dropout is 1.0"),
+        (train_encoder, ["--n-heads", 3], "--d-model 256 is not a multiple"),
+        (train_encoder, ["--mask-prob", 0], "--mask-prob is 0.0"),
+        (train_encoder, ["--seq-len", 3], "masks nothing"),
+        (train_encoder, ["--seq-len", 20_000], "tokens to train on, a row takes 20000"),
+        (train_encoder, ["--max-len", 16], "--seq-len 128: the model has 16 positions"),
+        (train_encoder, ["--out", "no/where.pt"], "no: no such folder"),
+        (train_encoder, ["--resume"], "nothing to resume"),
+        (train_encoder, ["--init", "nowhere.pt"], "nowhere.pt: no such file"),
+        (train_seq2seq, ["--unfreeze-at", 0.5], "--unfreeze-at 0.5: without --init"),
+        (train_seq2seq, ["--unfreeze-at", 1.5, "--init", "enc.pt"], "--unfreeze-at is 1.5"),
+        (train_seq2seq, ["--noise-density", 1], "--noise-density is 1.0"),
+        (train_seq2seq, ["--mean-span", 0], "--mean-span is 0.0"),
+        (train_seq2seq, ["--decoder-layers", 0], "at least 1"),
+        (train_seq2seq, ["--init", "enc.pt", "--preset", "tiny"], "enc.pt: its d_model is 32, the flags ask for 256"),
+        (train_seq2seq, ["--init", "enc.pt", "--d-ff", 99], "enc.pt: its d_ff is 64, the flags ask for 99"),
+        (train_seq2seq, ["--init", "enc.pt", "--seq-len", 64], "--seq-len 64: the model has 32 positions"),
+    ],
+)
+def test_bad_flags_get_one_line(command, data_dir, encoder, tmp_path, module, flags, complaint):
+    before = sorted(tmp_path.iterdir())
+    given = [] if "--data" in flags else ["--data", data_dir]
+    with pytest.raises(InputError, match=re.escape(complaint)):
+        command(module, *given, *flags, *([] if "--out" in flags else ["--out", "new.pt"]))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_nothing_is_overwritten(command, data_dir, encoder, tmp_path):
+    with pytest.raises(InputError, match=r"enc\.pt: exists; go on with --resume, or give another --out"):
+        command(train_encoder, "--data", data_dir)
+    (tmp_path / "enc.pt").rename(tmp_path / "moved.pt")
+    with pytest.raises(InputError, match=r"state\.pt: exists"):
+        command(train_encoder, "--data", data_dir)
+    command(train_seq2seq, "--data", data_dir, *SMALL, *ROWS, "--steps", 0)
+    with pytest.raises(InputError, match="exists; give another --out"):
+        command(extract, "seq2seq.pt", "--out", "moved.pt")
+
+
+@pytest.mark.parametrize("flags", [["--steps", 9], ["--preset", "tiny"], ["--seed", 1], ["--init", "x.pt"]])
+def test_resume_with_a_contradicting_flag_is_refused(command, data_dir, encoder, flags):
+    with pytest.raises(InputError, match="was started with .*; leave the flag out"):
+        command(train_encoder, "--resume", *flags)
+    command(train_encoder, "--resume", "--steps", 3, "--log-every", 1, "--data", data_dir)  # no contradiction
+
+
+def test_resume_on_other_data_is_refused(command, data_dir, encoder, tmp_path):
+    other = tmp_path / "other"
+    meta = json.loads((data_dir / "meta.json").read_text())
+    other.mkdir()
+    for file in data_dir.iterdir():
+        (other / file.name).symlink_to(file)
+    (other / "meta.json").unlink()
+    del meta["languages"]["de"]
+    (other / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(InputError, match="other: not the data that"):
+        command(train_encoder, "--resume", "--data", other)
+
+
+def test_init_of_the_wrong_kind_or_tokenizer_is_refused(command, data_dir, text_dir, encoder, tmp_path):
+    command(train_seq2seq, "--data", data_dir, *SMALL, *ROWS, "--steps", 0)
+    for module in (train_encoder, train_seq2seq):
+        with pytest.raises(InputError, match="of kind 'seq2seq', not encoder; take its encoder out with extract.py"):
+            command(module, "--data", data_dir, "--init", "seq2seq.pt", "--out", "x.pt")
+    with pytest.raises(InputError, match="of kind 'encoder', not seq2seq"):
+        command(extract, "enc.pt", "--out", "x.pt")
+    trainer.prepare(text_dir, tmp_path / "other", vocab_size=900, valid_fraction=0.2)
+    with pytest.raises(InputError, match=r"its tokenizer is not that of enc\.pt"):
+        command(train_seq2seq, "--data", "other", "--init", "enc.pt", "--out", "x.pt")
+
+
+def test_warm_start_takes_parts_whole_or_not_at_all(encoder, capsys):
+    checkpoint = load_checkpoint(encoder)
+    model = MaskedLM(ModelConfig(**checkpoint["config"]))
+    for change in (
+        lambda w: w.pop("encoder.norm.bias"),
+        lambda w: w.pop("head.0.weight"),
+        lambda w: w.pop("embed.weight"),
+        lambda w: w.update({"encoder.blocks.2.attn.q.weight": torch.zeros(32, 32)}),
+        lambda w: w.update({"encoder.norm.bias": torch.zeros(31)}),
+    ):
+        broken = dict(checkpoint["weights"])
+        change(broken)
+        with pytest.raises(InputError, match="does not fit this model"):
+            trainer.warm_start(model, encoder, broken)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-1000]),
+        lambda path: path.write_bytes(path.read_bytes()[:1000]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"not a checkpoint"),
+        lambda path: torch.save(Evil(), path),
+        lambda path: torch.save({"weights": np.arange(3)}, path),
+        lambda path: torch.save([1], path),
+        lambda path: torch.save({"kind": "encoder"}, path),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(command, data_dir, encoder, tmp_path, damage):
+    damage(encoder)
+    with pytest.raises(InputError, match=r"enc\.pt: (refused|not a checkpoint)"):
+        command(train_seq2seq, "--data", data_dir, "--init", "enc.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_weights_that_do_not_fit_their_config_are_refused(encoder):
+    checkpoint = load_checkpoint(encoder)
+    checkpoint["config"]["n_encoder_layers"] = 5
+    torch.save(checkpoint, encoder)
+    with pytest.raises(InputError, match="weights do not fit its config"):
+        trainer.load_model(encoder)
+
+
+def test_a_failed_save_leaves_the_last_good_checkpoint(command, data_dir, tmp_path, script):
+    """No room on the disk, by a limit on file size: one line, and the file of the step before still loads."""
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, {"x": torch.zeros(10)})
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); import signal; "
+    limit += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); import torch, trainer; from pathlib import Path; "
+    limit += "trainer.save_checkpoint(Path('a.pt'), {'x': torch.zeros(10**6)})"
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    run = subprocess.run([sys.executable, "-c", limit], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert re.search(r"InputError: a\.pt: cannot be written \(.*\); make room and use --resume", run.stderr)
+    assert torch.load(path)["x"].tolist() == [0.0] * 10 and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_a_full_disk_ends_a_run_with_one_line_and_it_can_go_on(data_dir, tmp_path, script):
+    flags = ["--data", data_dir, *SMALL, *ROWS, "--steps", 4, "--save-every", 1]
+    script("train_encoder.py", *flags, "--out", "whole.pt")
+    size = (tmp_path / "whole.run" / "state.pt").stat().st_size
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1000, size - 1000))
+
+    full = script("train_encoder.py", *flags, "--out", "full.pt", preexec_fn=limited)
+    assert full.returncode == 2 and len(full.stderr.splitlines()) == 1, full.stderr
+    assert "cannot be written" in full.stderr
+    assert not list(tmp_path.rglob("*.part"))
