@@ -104,9 +104,12 @@ def print_losses(args, kind: str, model: nn.Module, data: TokenData, languages: 
         entropy = data.meta["languages"][language]["unigram_entropy"]
         print(f"{language:8} {data.n_valid_rows(language):6} {loss:6.3f} {math.exp(loss):11.1f} {entropy:16.3f}")
         if args.out:
-            with open(args.out, "a", encoding="utf-8") as file:
-                line = {"checkpoint": str(args.checkpoint), "kind": kind, "task": "loss", "language": language, "loss": loss}
-                file.write(json.dumps(line) + "\n")
+            line = {"checkpoint": str(args.checkpoint), "kind": kind, "task": "loss", "language": language, "loss": loss}
+            try:
+                with open(args.out, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                raise InputError(f"{args.out}: cannot be written ({error.strerror}); name another --out") from None
     entropies = [data.meta["languages"][x]["unigram_entropy"] for x in losses]
     mean = sum(losses.values()) / len(losses)
     print(f"mean            {mean:6.3f} {'':11} {sum(entropies) / len(losses):16.3f}")
@@ -121,12 +124,11 @@ def main() -> None:
     parser.add_argument("--langs", nargs="+", help="languages to evaluate (default: all of the data folder)")
     parser.add_argument("--beams", type=int, default=1, help="hypotheses of generate, 1 is greedy (default %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON lines file to append the losses to")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if args.beams < 1:
         raise InputError(f"--beams {args.beams}: it must be at least 1")
     if (args.text is None) == (args.task in ("fill", "generate")):
-        wanted = "needs" if args.text is None else "takes no"
-        raise InputError(f"--task {args.task} {wanted} sentence")
+        raise InputError(f"--task {args.task or 'loss'} {'needs a' if args.text is None else 'takes no'} sentence")
     kind = {"fill": "encoder", "generate": "seq2seq"}.get(args.task)
     model, checkpoint = trainer.load_model(args.checkpoint, *([kind] if kind else []))
     kind, tokenizer = checkpoint["kind"], load_tokenizer(checkpoint["tokenizer"], args.checkpoint)
@@ -143,7 +145,7 @@ def main() -> None:
         settings |= stage["settings"]
     data = trainer.open_data(args.data or Path(settings["data"]), model.cfg.max_len)
     if data.tokenizer_model != checkpoint["tokenizer"]:
-        raise InputError(f"{args.data}: its tokenizer is not that of {args.checkpoint}; prepare it with --tokenizer")
+        raise InputError(f"{args.data or settings['data']}: its tokenizer is not that of {args.checkpoint}; prepare it with --tokenizer")
     languages = args.langs or data.languages
     for language in languages:
         if language not in data.languages:

@@ -45,6 +45,7 @@ class TrainConfig:
     micro_batch_size: int = flag(0, "rows at a time on one process, 0 for all of its share")
     seq_len: int = flag(128, "tokens a row, special ones included; with --init that checkpoint's max_len")
     lr: float = flag(0.0, "peak learning rate of AdamW, 0 for 0.016 / sqrt(d_model): 1e-3 at 256, 5e-4 at 1024")
+    embed_lr: float = flag(0.0, "peak learning rate of the embedding, 0 for 3 times --lr")
     muon_lr: float = flag(0.02, "peak learning rate of Muon")
     optimizer: str = flag("adamw", "adamw, or muon on the blocks' matrices beside it", choices=("adamw", "muon"))
     warmup: float = flag(0.02, "share of the steps in which the rate rises from 0; it then falls to 5 % of the peak")
@@ -60,7 +61,7 @@ class TrainConfig:
         for name in ("batch_size", "seq_len", "save_every", "eval_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        for name in ("steps", "micro_batch_size", "lr", "muon_lr", "weight_decay", "alpha", "seed"):
+        for name in ("steps", "micro_batch_size", "lr", "embed_lr", "muon_lr", "weight_decay", "alpha", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must not be negative")
         if not 0 <= self.warmup <= 1:
@@ -245,6 +246,7 @@ def start(description: str, kind: str, objective: type) -> Run:
     settings["vocab_size"] = data.ids.vocab_size
     settings["max_len"] = settings["max_len"] or settings["seq_len"]
     settings["lr"] = settings["lr"] or 0.016 / math.sqrt(settings["d_model"])
+    settings["embed_lr"] = settings["embed_lr"] or 3 * settings["lr"]
     if settings["seq_len"] > settings["max_len"]:
         raise InputError(f"--seq-len {settings['seq_len']}: the model has {settings['max_len']} positions; lower it")
     train, model, own = (build(config, settings) for config in configs)
@@ -381,15 +383,17 @@ def _optimizers(model: nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimize
     """AdamW on everything, or Muon (Jordan et al. 2024) on the blocks' matrices and AdamW on the rest.
 
     All parameters are there from step 0: one that is frozen has no gradient and is passed over. Weight decay is for
-    matrices only. Betas, eps and the rates are this project's choice; paper: Adam with weight decay 0.1.
+    matrices only. The embedding has a rate of its own, for most of its rows hear from few tokens of a batch.
+    paper: Adam, weight decay 0.1; betas, eps, clipping and the rates are ours.
     """
     muon = {n: p for n, p in model.named_parameters() if cfg.optimizer == "muon" and ".blocks." in n and p.ndim == 2}
-    rest = [p for n, p in model.named_parameters() if n not in muon]
+    rest = {n: p for n, p in model.named_parameters() if n not in muon and n != "embed.weight"}
     groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [model.embed.weight], "lr": cfg.embed_lr, "weight_decay": cfg.weight_decay},
+        {"params": [p for p in rest.values() if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in rest.values() if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, cfg.lr, (0.9, 0.98), eps=1e-6, fused=True)]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, cfg.lr, (0.9, 0.98), eps=1e-8, fused=True)]
     if muon:
         optimizers.append(torch.optim.Muon(muon.values(), cfg.muon_lr, weight_decay=cfg.weight_decay))
     for optimizer in optimizers:
@@ -421,6 +425,8 @@ def fit(run: Run, model: nn.Module, objective: Objective, frozen: Callable[[int]
     cfg, data, device = run.train, run.data, _device()
     if cfg.batch_size % _world():
         raise InputError(f"--batch-size {cfg.batch_size}: not a multiple of the {_world()} processes")
+    for language in data.languages:
+        data.n_valid_rows(language)  # better now than after days of training
     model.to(device)
     optimizers = _optimizers(model, cfg)
     done, spent = 0, {"tokens": 0, "flops": 0.0, "seconds": 0.0}
@@ -462,7 +468,7 @@ def fit(run: Run, model: nn.Module, objective: Objective, frozen: Callable[[int]
             parallel = DistributedDataParallel(model, gradient_as_bucket_view=True) if dist.is_initialized() else model
         torch.manual_seed((cfg.seed << 32 ^ step << 8 ^ _rank()) & (1 << 63) - 1)  # dropout
         first = step * cfg.batch_size + _rank() * share
-        examples = [objective(data.row(i), sample_rng(cfg.seed, NOISE, i)) for i in range(first, first + share)]
+        examples = [_example(objective, data, cfg.seed, i) for i in range(first, first + share)]
         (all_targets,) = _sum_over_ranks([n_targets(examples)])
         loss = torch.zeros((), device=device)
         for at in range(0, share, micro):
@@ -483,12 +489,13 @@ def fit(run: Run, model: nn.Module, objective: Objective, frozen: Callable[[int]
         seconds = time.perf_counter() - began
         spent = {"tokens": spent["tokens"] + cfg.batch_size * cfg.seq_len, "flops": spent["flops"] + flops,
                  "seconds": spent["seconds"] + seconds}  # fmt: skip
-        log.step(step, loss_sum / all_targets, float(norm), optimizers[0].param_groups[0]["lr"], seconds)
+        log.step(step, loss_sum / all_targets, float(norm), cfg.lr * rate(step, cfg), seconds)
         if (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.steps:
             evaluate(step + 1)
         if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
             save(step + 1)
-    evaluate(cfg.steps)
+    if cfg.steps:
+        evaluate(cfg.steps)
     save(cfg.steps)
     if _rank() == 0:
         save_checkpoint(run.out, checkpoint(cfg.steps))
@@ -496,6 +503,13 @@ def fit(run: Run, model: nn.Module, objective: Objective, frozen: Callable[[int]
              f"{spent['seconds']:.0f} s of training")  # fmt: skip
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _example(objective: Objective, data: TokenData, seed: int, i: int) -> Example:
+    try:
+        return objective(data.row(i), sample_rng(seed, NOISE, i))
+    except ValueError as error:
+        raise InputError(f"sample {i}: {error}") from None
 
 
 def _flops(cfg: ModelConfig, examples: list[Example], frozen: bool) -> float:

@@ -248,7 +248,7 @@ def test_held_out_loss_is_the_mean_over_targets(data_dir):
         (train_seq2seq, ["--unfreeze-at", 1.5, "--init", "enc.pt"], "--unfreeze-at is 1.5"),
         (train_seq2seq, ["--noise-density", 1], "--noise-density is 1.0"),
         (train_seq2seq, ["--mean-span", 0], "--mean-span is 0.0"),
-        (train_seq2seq, ["--decoder-layers", 0], "at least 1"),
+        (train_seq2seq, ["--decoder-layers", 0], "--decoder-layers 0: it must be at least 1"),
         (train_seq2seq, ["--init", "enc.pt", "--preset", "tiny"], "enc.pt: its d_model is 32, the flags ask for 256"),
         (train_seq2seq, ["--init", "enc.pt", "--d-ff", 99], "enc.pt: its d_ff is 64, the flags ask for 99"),
         (train_seq2seq, ["--init", "enc.pt", "--seq-len", 64], "--seq-len 64: the model has 32 positions"),
@@ -260,6 +260,20 @@ def test_bad_flags_get_one_line(command, data_dir, encoder, tmp_path, module, fl
     with pytest.raises(InputError, match=re.escape(complaint)):
         command(module, *given, *flags, *([] if "--out" in flags else ["--out", "new.pt"]))
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        (["--noise-density", 0.99], "sample 0: .* lower the density"),
+        (["--noise", "sentinel", "--noise-density", 0.5, "--mean-span", 0.1, "--seq-len", 300], "there are 100: use shorter"),
+        (["--seq-len", 900], "tokens held out, a row takes 900"),
+    ],
+)
+def test_settings_that_no_row_can_meet_are_refused_before_training(command, data_dir, tmp_path, flags, complaint):
+    with pytest.raises(InputError, match=complaint):
+        command(train_seq2seq, "--data", data_dir, *SMALL, "--batch-size", 8, *flags)
+    assert not (tmp_path / "seq2seq.pt").exists()
 
 
 def test_nothing_is_overwritten(command, data_dir, encoder, tmp_path):

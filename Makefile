@@ -1,0 +1,27 @@
+# make demo   environment, then the three commands on the embedded corpus, into demo/
+# make test   environment, then the tests
+
+PYTHON ?= python3
+BIN := $(CURDIR)/.venv/bin
+
+.PHONY: demo test clean
+
+.venv/ready: requirements.txt tests/requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -r tests/requirements.txt
+	touch $@
+
+demo: .venv/ready
+	rm -rf demo && mkdir demo
+	cd demo && $(BIN)/torchrun ../train_encoder.py
+	cd demo && $(BIN)/torchrun ../train_seq2seq.py --init enc.pt --unfreeze-at 0.5
+	cd demo && $(BIN)/python ../eval.py seq2seq.pt
+	@cd demo && for stage in enc:ENC_EXPECTED seq2seq:SEQ_EXPECTED; do \
+	  seen=$$(tail -n 1 $${stage%:*}.run/metrics.jsonl | sed 's/.*"mean": \([0-9]*\.[0-9]\{2\}\).*/\1/'); \
+	  echo "$${stage%:*}.pt: held-out loss $$seen, expected about $${stage#*:}"; done
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv demo sample/data

@@ -1,0 +1,131 @@
+"""The documented commands as a new user runs them: a copy of the repository, processes of their own."""
+
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+LANGUAGES = "ar de en es fr hi it ja mr pt ta te".split()
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """The repository without anything that git ignores: what a fresh clone holds."""
+    folder = tmp_path_factory.mktemp("fresh") / "clone"
+    ignored = shutil.ignore_patterns(".git", ".venv", "data", "demo", "*.run", "*.pt", "__pycache__")
+    shutil.copytree(ROOT, folder, ignore=ignored)
+    return folder
+
+
+def run(checkout: Path, line: str, **more) -> subprocess.CompletedProcess:
+    """A line of the README, with this interpreter's torchrun and python."""
+    words = line.split()
+    start = {"torchrun": [sys.executable, "-m", "torch.distributed.run"], "python": [sys.executable]}
+    words = start[words[0]] + words[1:]
+    return subprocess.run(words, cwd=checkout, capture_output=True, text=True, timeout=280, **more)
+
+
+def test_the_three_commands_without_any_flag_but_the_length(checkout):
+    """They make the shards of the embedded corpus on first use; 2 steps of 4 rows in place of the default's."""
+    short = "--steps 2 --batch-size 4"
+    for line in (
+        f"torchrun train_encoder.py {short}",
+        f"torchrun train_seq2seq.py --init enc.pt --unfreeze-at 0.5 {short}",
+        "python eval.py seq2seq.pt",
+        "python extract.py seq2seq.pt --out enc-extracted.pt",
+        f"torchrun train_encoder.py --init enc-extracted.pt --out enc-mlm.pt {short}",
+    ):
+        done = run(checkout, line)
+        assert done.returncode == 0, done.stderr
+        if "eval" in line:
+            table = {row.split()[0] for row in done.stdout.splitlines() if re.match(r"[a-z]{2}  ", row)}
+            assert table == set(LANGUAGES)
+    assert (checkout / "enc-mlm.pt").exists() and (checkout / "sample" / "data" / "meta.json").exists()
+
+
+@pytest.mark.parametrize("name", ["train_encoder.py", "train_seq2seq.py", "extract.py", "eval.py", "data.py"])
+def test_every_flag_has_a_help_line(checkout, name):
+    done = run(checkout, f"python {name} --help")
+    assert done.returncode == 0
+    flags = re.findall(r"^  (--[a-z-]+)(.*(?:\n {10,}.*)?)", done.stdout, re.M)
+    assert flags or name == "extract.py"
+    for flag, rest in flags:
+        words = re.sub(r"\{.*?\}|[A-Z_]{2,}|\[.*?\]|\.\.\.", "", rest).split()
+        assert len(words) >= 2, f"{flag} has no help"
+
+
+@pytest.mark.parametrize(
+    "line, complaint",
+    [
+        ("python train_encoder.py --steps -1", "--steps is -1"),
+        ("python train_encoder.py --steps many", "--steps"),
+        ("python train_encoder.py --colour red", "--colour"),
+        ("python train_encoder.py --optimizer sgd", "--optimizer"),
+        ("python train_seq2seq.py --unfreeze-at 0.5", "--unfreeze-at 0.5: without --init"),
+        ("python eval.py nowhere.pt", "nowhere.pt: no such file"),
+        ("python extract.py nowhere.pt", "nowhere.pt: no such file"),
+        ("python data.py nowhere out", "nowhere: no such folder"),
+    ],
+)
+def test_mistakes_end_with_status_2_and_no_traceback(checkout, line, complaint):
+    done = run(checkout, line + (" --out mistake.pt" if "train" in line or "extract" in line else ""))
+    assert done.returncode == 2 and complaint in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr + done.stdout
+    assert not (checkout / "mistake.pt").exists()
+
+
+def test_killed_at_any_moment_and_resumed(checkout):
+    """SIGKILL while it trains and saves; the resumed run ends with the weights of one that was left alone."""
+    line = "python train_encoder.py --d-model 32 --n-heads 2 --d-ff 64 --encoder-layers 1 --batch-size 4 --save-every 1"
+    line += " --steps 60 --out {}.pt"
+    assert run(checkout, line.format("calm")).returncode == 0
+    words = [sys.executable, *line.format("killed").split()[1:]]
+    state, kills = checkout / "killed.run" / "state.pt", 0
+    for patience in (0.0, 0.1, 0.25):
+        resume = ["--resume"] if state.exists() else []
+        process = subprocess.Popen(words + resume, cwd=checkout, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before = state.stat().st_mtime_ns if state.exists() else 0
+        while process.poll() is None and (not state.exists() or state.stat().st_mtime_ns == before):
+            time.sleep(0.01)
+        time.sleep(patience)
+        kills += process.poll() is None
+        process.kill()
+        process.wait()
+    assert kills
+    done = run(checkout, line.format("killed") + " --resume")
+    assert done.returncode == 0, done.stderr
+    a, b = (torch.load(checkout / f"{name}.pt", weights_only=True)["weights"] for name in ("calm", "killed"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_embedded_corpus():
+    """Twelve languages, at least 150 sentences each, line by line translations of each other, each line once."""
+    files = {path.stem: path.read_text("utf-8") for path in (ROOT / "sample" / "text").iterdir()}
+    assert sorted(files) == LANGUAGES
+    lines = {language: text.split("\n") for language, text in files.items()}
+    shape = [bool(line) for line in lines["en"]]
+    assert sum(shape) >= 150 and all([bool(x) for x in each] == shape for each in lines.values())
+    for language, each in lines.items():
+        sentences = [line for line in each if line]
+        assert len(set(sentences)) == len(sentences), language
+    scripts = {"ar": "؀-ۿ", "hi": "ऀ-ॿ", "mr": "ऀ-ॿ", "ja": "぀-ヿ一-鿿", "ta": "஀-௿", "te": "ఀ-౿"}
+    for language, script in scripts.items():
+        letters = [c for c in files[language] if c.isalpha()]
+        assert sum(bool(re.match(f"[{script}]", c)) for c in letters) > 0.9 * len(letters), language
+
+
+def test_nothing_needs_more_than_the_four_packages():
+    """Every import statement of the scripts names the standard library, another script, or one of the four."""
+    scripts = list(ROOT.glob("*.py"))
+    allowed = {"torch", "numpy", "sentencepiece", "tqdm"} | set(sys.stdlib_module_names) | {path.stem for path in scripts}
+    for path in scripts:
+        for line in path.read_text("utf-8").splitlines():
+            found = re.match(r"\s*(?:from|import) (\w+)", line)
+            assert not found or found[1] in allowed, f"{path.name}: {line}"
+    assert len(scripts) == 8

@@ -1,0 +1,149 @@
+import json
+import math
+import re
+
+import pytest
+import torch
+from conftest import ROWS, SMALL
+
+import eval as evaluation
+import train_encoder
+import train_seq2seq
+import trainer
+from data import InputError, TokenData, load_tokenizer
+from objectives import SpecialIds
+
+
+@pytest.fixture(scope="module")
+def tokenizer(data_dir):
+    return load_tokenizer((data_dir / "tokenizer.model").read_bytes(), "x")
+
+
+@pytest.fixture(scope="module")
+def ids(tokenizer):
+    return SpecialIds(tokenizer.vocab_size())
+
+
+@pytest.fixture
+def checkpoints(command, data_dir, tmp_path):
+    command(train_encoder, "--data", data_dir, *SMALL, *ROWS, "--steps", 2, "--out", "enc.pt")
+    command(train_seq2seq, "--data", data_dir, *ROWS, "--init", "enc.pt", "--steps", 2, "--out", "seq2seq.pt")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("the <mask> is dark", "the <mask> is dark |"),
+        ("<mask> is dark.", "<mask> is dark. |"),
+        ("it is <mask>", "it is <mask> |"),
+        ("<mask>", "<mask> |"),
+        ("no holes", "no holes |"),
+        ("two <mask> <mask> words", "two <mask> <mask> words |"),
+    ],
+)
+def test_a_sentence_with_masks(tokenizer, ids, text, shown):
+    tokens = evaluation.encode_sentence(tokenizer, ids, text)[0].tolist()
+    assert tokens.count(ids.mask) == text.count("<mask>") and tokens[-1] == ids.eos
+    assert re.sub(" +", " ", evaluation.show(tokenizer, ids, tokens)) == shown
+
+
+def test_a_masked_word_takes_its_space_along(tokenizer, ids):
+    """Where a piece is one word, masking the word in the text masks exactly that piece."""
+    whole = evaluation.encode_sentence(tokenizer, ids, "and the end")[0].tolist()
+    masked = evaluation.encode_sentence(tokenizer, ids, "and <mask> end")[0].tolist()
+    at = whole.index(tokenizer.piece_to_id("▁the"))
+    assert masked == whole[:at] + [ids.mask] + whole[at + 1 :]
+
+
+def test_showing_tokens(tokenizer, ids):
+    tokens = [*tokenizer.encode("one"), ids.eos, *tokenizer.encode("two"), ids.sentinel, ids.pad, ids.pad]
+    assert evaluation.show(tokenizer, ids, tokens) == "one | two <extra_id_0>"
+
+
+def test_losses_of_both_kinds(command, checkpoints, data_dir, capsys):
+    for name in ("enc.pt", "seq2seq.pt"):
+        capsys.readouterr()
+        command(evaluation, name, "--task", "loss", "--langs", "hi", "en", "--out", "results.jsonl")
+        table = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert [row[0] for row in table] == ["language", "hi", "en", "mean"]
+        results = [json.loads(line) for line in (checkpoints / "results.jsonl").read_text().splitlines()][-2:]
+        assert [r["language"] for r in results] == ["hi", "en"]
+        for row, result in zip(table[1:], results):
+            assert float(row[2]) == pytest.approx(result["loss"], abs=1e-3)
+            assert float(row[3]) == pytest.approx(math.exp(result["loss"]), rel=1e-3)
+            assert 3 < float(row[4]) < 7
+    model, _ = trainer.load_model(checkpoints / "seq2seq.pt")
+    data = TokenData(data_dir, 32)
+    objective = train_seq2seq.seq2seq_objective(data.ids, train_seq2seq.DenoiseConfig())
+    assert results[1]["loss"] == trainer.held_out_loss(model, data, ["en"], objective, "fp32")["en"]
+
+
+def test_fill_gives_the_likeliest_pieces(command, checkpoints, tokenizer, ids, capsys):
+    capsys.readouterr()
+    command(evaluation, "enc.pt", "--task", "fill", "the <mask> is <mask>")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["<mask> 1", "<mask> 2"]
+    model, _ = trainer.load_model(checkpoints / "enc.pt")
+    src = evaluation.encode_sentence(tokenizer, ids, "the <mask> is <mask>")
+    first = int((src[0] == ids.mask).nonzero()[0])
+    best = model.logits(src)[0, first].softmax(-1).max()
+    (piece, probability), *rest = evaluation.fill(model, tokenizer, ids, "the <mask> is <mask>")[0]
+    assert probability == pytest.approx(best.item()) and len(rest) == 4 and f"{piece!r}" in lines[0]
+
+
+def test_generate_rebuilds_what_it_was_taught(command, data_dir, tmp_path, capsys, tokenizer, ids):
+    """Over-fitted to one sentence, the model gives it back from a damaged copy, greedily and by beam search."""
+    torch.manual_seed(0)
+    command(train_seq2seq, "--data", data_dir, *SMALL, *ROWS, "--steps", 0)
+    model, checkpoint = trainer.load_model(tmp_path / "seq2seq.pt")
+    clean = evaluation.encode_sentence(tokenizer, ids, "the bread is warm")
+    src = evaluation.encode_sentence(tokenizer, ids, "the warm")
+    tgt_in = torch.cat([torch.tensor([[ids.bos]]), clean[:, :-1]], 1)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(100):
+        model(src, tgt_in, clean).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.save(checkpoint | {"weights": model.state_dict()}, tmp_path / "taught.pt")
+    for beams in (1, 3):
+        capsys.readouterr()
+        command(evaluation, "taught.pt", "--task", "generate", "the warm", "--beams", beams)
+        assert capsys.readouterr().out.strip() == "the bread is warm |"
+
+
+def test_without_a_task_it_shows_losses_and_samples(command, checkpoints, capsys):
+    for name in ("enc.pt", "seq2seq.pt"):
+        capsys.readouterr()
+        command(evaluation, name)
+        out = capsys.readouterr().out
+        for language in ("de", "en", "hi"):
+            assert len(re.findall(rf"^{language} +(?:given|model|text) ", out, re.M)) == 3
+            assert re.search(rf"^{language} +\d+ +\d\.\d+", out, re.M)
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (["nowhere.pt"], "nowhere.pt: no such file"),
+        (["enc.pt", "--task", "generate", "x"], "of kind 'encoder', not seq2seq"),
+        (["seq2seq.pt", "--task", "fill", "<mask>"], "of kind 'seq2seq', not encoder"),
+        (["enc.pt", "--task", "fill", "no hole"], "no <mask> in the sentence"),
+        (["enc.pt", "--task", "fill"], "--task fill needs a sentence"),
+        (["enc.pt", "a sentence"], "takes no sentence"),
+        (["enc.pt", "--task", "fill", "<mask> " * 40], "the model 32 positions; shorten it"),
+        (["enc.pt", "--langs", "xx"], "--langs xx: not in the data, which has de en hi"),
+        (["enc.pt", "--data", "nowhere"], "nowhere: no meta.json"),
+        (["seq2seq.pt", "--beams", "0"], "--beams 0"),
+        (["enc.pt", "--out", "no/where.jsonl"], "no/where.jsonl: cannot be written"),
+    ],
+)
+def test_bad_input_gets_one_line(command, checkpoints, arguments, complaint):
+    with pytest.raises(InputError, match=re.escape(complaint)):
+        command(evaluation, *arguments)
+
+
+def test_data_of_another_tokenizer_is_refused(command, checkpoints, text_dir):
+    trainer.prepare(text_dir, checkpoints / "other", vocab_size=900, valid_fraction=0.2)
+    with pytest.raises(InputError, match="other: its tokenizer is not that of enc.pt"):
+        command(evaluation, "enc.pt", "--data", "other")
