@@ -32,7 +32,7 @@ import numpy as np
 import sentencepiece as spm
 from tqdm import tqdm
 
-from objectives import ORDER, SpecialIds, sample_rng
+from objectives import ORDER, InputError, SpecialIds, sample_rng
 
 HERE = Path(__file__).resolve().parent
 SAMPLE_TEXT, SAMPLE_DATA = HERE / "sample" / "text", HERE / "sample" / "data"  # the embedded corpus, and its shards
@@ -46,10 +46,6 @@ MAX_LINE = 1 << 26  # bytes
 SHARD_TOKENS = 1 << 28
 MAGIC = b"tokens01"
 HEADER = 32  # bytes: the magic, 16 of the tokenizer's sha256, the number of tokens
-
-
-class InputError(ValueError):
-    """A mistake of the user's: one line that names what is wrong and the remedy; the commands exit with status 2."""
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -132,9 +128,9 @@ def document_text(path: Path, number: int, raw: bytes) -> str:
     except UnicodeEncodeError:
         raise InputError(f"{path}:{number}: half a surrogate pair in the text; repair or remove the line") from None
     except (json.JSONDecodeError, RecursionError):
-        raise InputError(f"{path}:{number}: not JSON; each line must be one object with a \"text\"") from None
+        raise InputError(f'{path}:{number}: not JSON; each line must be one object with a "text"') from None
     except (KeyError, TypeError):
-        raise InputError(f"{path}:{number}: no \"text\" string in this line's object") from None
+        raise InputError(f'{path}:{number}: no "text" string in this line\'s object') from None
 
 
 def text_lines(text: str) -> list[str]:
@@ -176,7 +172,9 @@ def train_tokenizer(text: dict[str, list[Path]], vocab_size: int, seed: int) -> 
         raise InputError("no text to train a tokenizer on: every file is empty")
     random.Random(seed).shuffle(lines)
     ids, model = SpecialIds(vocab_size), io.BytesIO()
-    names = {ids.mask: "<mask>", ids.clm: "[CLM]"} | {ids.sentinel + k: f"<extra_id_{k}>" for k in range(ids.n_sentinels)}
+    names = {ids.mask: "<mask>", ids.clm: "[CLM]"} | {
+        ids.sentinel + k: f"<extra_id_{k}>" for k in range(ids.n_sentinels)
+    }
     try:
         spm.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
@@ -202,12 +200,14 @@ def train_tokenizer(text: dict[str, list[Path]], vocab_size: int, seed: int) -> 
 
 
 def load_tokenizer(model: bytes, name: object) -> spm.SentencePieceProcessor:
-    """Raises InputError unless `model` is a SentencePiece model with this project's special ids; name is for the error."""
+    """Raises InputError, naming `name`, unless `model` is a SentencePiece model with this project's special ids."""
     tokenizer = spm.SentencePieceProcessor()
     try:
         tokenizer.LoadFromSerializedProto(model)
         ids = SpecialIds(tokenizer.vocab_size())
-        fits = ids.vocab_size > ids.ordinary and [tokenizer.id_to_piece(i) for i in (ids.pad, ids.mask, ids.ordinary - 1)]
+        fits = ids.vocab_size > ids.ordinary and [
+            tokenizer.id_to_piece(i) for i in (ids.pad, ids.mask, ids.ordinary - 1)
+        ]
     except (RuntimeError, IndexError):
         raise InputError(f"{name}: not a SentencePiece model") from None
     if fits != ["<pad>", "<mask>", f"<extra_id_{ids.n_sentinels - 1}>"]:
@@ -347,7 +347,9 @@ def prepare(
                 for writer in writers.values():
                     writer.close()
                 if not counts.any():
-                    raise InputError(f"{text_dir}: no text for {language!r}, or all of it held out; add text or remove it")
+                    raise InputError(
+                        f"{text_dir}: no text for {language!r}, or all of it held out; add text or remove it"
+                    )
                 p = counts[counts > 0] / counts.sum()
                 languages[language] = dict(
                     zip(("documents", "bytes", "words"), totals.tolist()),
@@ -359,7 +361,9 @@ def prepare(
         part.write_text(json.dumps(meta, indent=1), "utf-8")
         part.rename(data_dir / "meta.json")
     except BrokenProcessPool:
-        raise InputError(f"{data_dir}: a worker process died (out of memory?); remove the folder and try again") from None
+        raise InputError(
+            f"{data_dir}: a worker process died (out of memory?); remove the folder and try again"
+        ) from None
     except OSError as error:
         raise InputError(f"{data_dir}: cannot be written ({error.strerror}); make room, remove it, try again") from None
     return meta
@@ -407,7 +411,9 @@ class _Tokens:
             if header[:8] != MAGIC or header[8:24] != _header(model, n)[8:24]:
                 raise InputError(f"{path}: not a shard of this folder's tokenizer; run data.py again")
             if header != _header(model, n) or size != HEADER + n * type_.itemsize:
-                raise InputError(f"{path}: {size} bytes, not the {HEADER + n * type_.itemsize} of {n} tokens; run data.py again")
+                raise InputError(
+                    f"{path}: {size} bytes, not the {HEADER + n * type_.itemsize} of {n} tokens; run data.py again"
+                )
             self.maps.append(np.memmap(path, type_, "r", HEADER))
         self.ends = np.cumsum([0] + [len(m) for m in self.maps])
 
@@ -532,11 +538,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Text to tokenizer and token shards.")
     parser.add_argument("text_dir", type=Path, help="folder with <lang>.txt or <lang>/* (txt, jsonl, json; .gz, .xz)")
     parser.add_argument("data_dir", type=Path, help="folder to write, must not exist or be empty")
-    parser.add_argument("--vocab-size", type=int, default=150_000, help="pieces, special ones included (default %(default)s)")
+    parser.add_argument(
+        "--vocab-size", type=int, default=150_000, help="pieces, special ones included (default %(default)s)"
+    )
     parser.add_argument("--tokenizer", type=Path, help="use this tokenizer.model instead of training one")
-    parser.add_argument("--valid-fraction", type=float, default=0.01, help="share of documents held out (default %(default)s)")
-    parser.add_argument("--alpha", type=float, default=0.5, help="sampling exponent, for the table (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the tokenizer's sample and of the split (default %(default)s)")
+    parser.add_argument(
+        "--valid-fraction", type=float, default=0.01, help="share of documents held out (default %(default)s)"
+    )
+    parser.add_argument(
+        "--alpha", type=float, default=0.5, help="sampling exponent, for the table (default %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the tokenizer's sample and of the split (default %(default)s)"
+    )
     args = parser.parse_args()
     if not 0 <= args.valid_fraction < 1:
         raise InputError(f"--valid-fraction {args.valid_fraction}: it must be in [0, 1)")

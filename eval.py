@@ -1,9 +1,9 @@
 """Evaluation of a checkpoint of either kind.
 
-    python eval.py enc.pt                                            # held-out loss per language, and a sample
-    python eval.py seq2seq.pt --task loss --data DATA --out results.jsonl
-    python eval.py enc.pt --task fill "The river is <mask> in winter."
-    python eval.py seq2seq.pt --task generate "The river frozen in winter." --beams 4
+python eval.py enc.pt                                            # held-out loss per language, and a sample
+python eval.py seq2seq.pt --task loss --data DATA --out results.jsonl
+python eval.py enc.pt --task fill "The river is <mask> in winter."
+python eval.py seq2seq.pt --task generate "The river frozen in winter." --beams 4
 """
 
 import argparse
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import trainer
-from data import InputError, TokenData, load_tokenizer, run_command
+from data import TokenData, load_tokenizer, run_command
 from model import generate
-from objectives import SpecialIds
+from objectives import VALID_NOISE, InputError, SpecialIds, sample_rng
 from train_encoder import MLMConfig, encoder_objective
 from train_seq2seq import DenoiseConfig, seq2seq_objective
 
@@ -54,8 +54,8 @@ def show(tokenizer, ids: SpecialIds, tokens: list[int]) -> str:
 
 
 def fill(model: nn.Module, tokenizer, ids: SpecialIds, text: str, top: int = 5) -> list[list[tuple[str, float]]]:
-    """For each <mask> of a sentence the likeliest pieces with their probabilities. Raises InputError if there is none."""
-    src = encode_sentence(tokenizer, ids, text)
+    """For each <mask> of a sentence the likeliest pieces and their probabilities. Raises InputError without one."""
+    src = encode_sentence(tokenizer, ids, text).to(trainer.device())
     _check_length(src, model)
     at = (src[0] == ids.mask).nonzero().squeeze(1)
     if not len(at):
@@ -71,6 +71,7 @@ def fill(model: nn.Module, tokenizer, ids: SpecialIds, text: str, top: int = 5) 
 def rebuild(model: nn.Module, ids: SpecialIds, src: Tensor, beams: int) -> list[int]:  # [1, S] -> [T]
     """What a seq2seq model makes of a source, by greedy or beam search."""
     _check_length(src, model)
+    src = src.to(trainer.device())
     new = 2 * src.shape[1] + 10  # a rebuilt row is a fifth longer than its source: twice is room enough
     return generate(model, src, bos=ids.bos, eos=ids.eos, pad=ids.pad, max_new=new, beams=beams)[0].tolist()
 
@@ -84,12 +85,13 @@ def print_sample(kind: str, model: nn.Module, data: TokenData, languages: list[s
     """The start of one held-out row in each language: damaged, as the model repairs it, and as it was."""
     for language in languages:
         row = data.valid_row(language, 0)[:24]
-        example = {name: x for name, x in objective(row, trainer.sample_rng(0, trainer.VALID_NOISE, 0)).items()}
-        src = torch.from_numpy(example["src"])[None]
+        example = objective(row, sample_rng(0, VALID_NOISE, 0))
+        src = torch.from_numpy(example["src"])[None].to(trainer.device())
         if kind == "encoder":
             with torch.no_grad():
                 best = model.logits(src)[0].argmax(-1)
-            repaired = torch.where(torch.from_numpy(example["labels"]) == trainer.IGNORE, src[0], best).tolist()
+            asked = torch.from_numpy(example["labels"] != trainer.IGNORE)
+            repaired = torch.where(asked, best.cpu(), src[0].cpu()).tolist()
         else:
             repaired = rebuild(model, data.ids, src, beams)
         print()
@@ -97,14 +99,22 @@ def print_sample(kind: str, model: nn.Module, data: TokenData, languages: list[s
             print(f"{language} {title:5}  {show(data.tokenizer, data.ids, tokens)}")
 
 
-def print_losses(args, kind: str, model: nn.Module, data: TokenData, languages: list[str], objective, dtype: str) -> None:
+def print_losses(
+    args, kind: str, model: nn.Module, data: TokenData, languages: list[str], objective, dtype: str
+) -> None:
     losses = trainer.held_out_loss(model, data, languages, objective, dtype)
     print("language   rows   loss  perplexity  unigram entropy")
     for language, loss in losses.items():
         entropy = data.meta["languages"][language]["unigram_entropy"]
         print(f"{language:8} {data.n_valid_rows(language):6} {loss:6.3f} {math.exp(loss):11.1f} {entropy:16.3f}")
         if args.out:
-            line = {"checkpoint": str(args.checkpoint), "kind": kind, "task": "loss", "language": language, "loss": loss}
+            line = {
+                "checkpoint": str(args.checkpoint),
+                "kind": kind,
+                "task": "loss",
+                "language": language,
+                "loss": loss,
+            }
             try:
                 with open(args.out, "a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
@@ -119,10 +129,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="enc.pt or seq2seq.pt")
     parser.add_argument("text", nargs="?", help="a sentence for fill (with <mask> in it) or generate")
-    parser.add_argument("--task", choices=("loss", "fill", "generate"), help="default: loss, and a sample of each language")
+    parser.add_argument(
+        "--task", choices=("loss", "fill", "generate"), help="default: loss, and a sample of each language"
+    )
     parser.add_argument("--data", type=Path, help="data folder of data.py (default: the one it was trained on)")
     parser.add_argument("--langs", nargs="+", help="languages to evaluate (default: all of the data folder)")
-    parser.add_argument("--beams", type=int, default=1, help="hypotheses of generate, 1 is greedy (default %(default)s)")
+    parser.add_argument(
+        "--beams", type=int, default=1, help="hypotheses of generate, 1 is greedy (default %(default)s)"
+    )
     parser.add_argument("--out", type=Path, help="JSON lines file to append the losses to")
     args = parser.parse_intermixed_args()
     if args.beams < 1:
@@ -131,6 +145,7 @@ def main() -> None:
         raise InputError(f"--task {args.task or 'loss'} {'needs a' if args.text is None else 'takes no'} sentence")
     kind = {"fill": "encoder", "generate": "seq2seq"}.get(args.task)
     model, checkpoint = trainer.load_model(args.checkpoint, *([kind] if kind else []))
+    model.to(trainer.device())
     kind, tokenizer = checkpoint["kind"], load_tokenizer(checkpoint["tokenizer"], args.checkpoint)
     ids = SpecialIds(tokenizer.vocab_size())
     if args.task == "fill":
@@ -145,7 +160,8 @@ def main() -> None:
         settings |= stage["settings"]
     data = trainer.open_data(args.data or Path(settings["data"]), model.cfg.max_len)
     if data.tokenizer_model != checkpoint["tokenizer"]:
-        raise InputError(f"{args.data or settings['data']}: its tokenizer is not that of {args.checkpoint}; prepare it with --tokenizer")
+        folder = args.data or settings["data"]
+        raise InputError(f"{folder}: its tokenizer is not that of {args.checkpoint}; prepare it with --tokenizer")
     languages = args.langs or data.languages
     for language in languages:
         if language not in data.languages:

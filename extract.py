@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from data import InputError, run_command
+from data import run_command
 from model import MaskedLM, Seq2Seq
+from objectives import InputError
 from trainer import load_model, save_checkpoint, warm_start
 
 
@@ -28,7 +29,9 @@ def extract(seq2seq: Seq2Seq, source: Path) -> MaskedLM:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("seq2seq", type=Path, help="checkpoint of train_seq2seq.py")
-    parser.add_argument("--out", type=Path, default=Path("enc-extracted.pt"), help="checkpoint to write (default %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("enc-extracted.pt"), help="checkpoint to write (default %(default)s)"
+    )
     args = parser.parse_args()
     if args.out.exists():
         raise InputError(f"{args.out}: exists; give another --out")

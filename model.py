@@ -228,9 +228,9 @@ class ProjectionLoss(torch.autograd.Function):
 def _init_weights(module: nn.Module) -> None:
     """Normal(0, 0.02) for matrices and embeddings, 0 for biases; LayerNorm keeps torch's ones and zeros.
 
-    paper: 0.02 everywhere. Here what an attention layer hands on (keys, values, output) starts at 2 / sqrt(D): attention
-    begins as an average over the row, which shrinks what it carries by the square root of the row's length, and at 0.02
-    a small model took a thousand updates to notice its context at all.
+    paper: 0.02 everywhere. Here what an attention layer hands on (keys, values, output) starts at 2 / sqrt(D), for
+    attention begins as an average over the row, which shrinks what it carries by the square root of the row's length:
+    at 0.02 a small model takes hundreds of updates to notice its context at all.
     """
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=0.02)
@@ -242,7 +242,7 @@ def _init_weights(module: nn.Module) -> None:
 
 
 class MaskedLM(nn.Module):
-    """Encoder and masked-language-modelling head: dense, GELU, LayerNorm, projection tied to the embedding, plus bias."""
+    """Encoder and masked-LM head: dense, GELU, LayerNorm, then a projection tied to the embedding, plus a bias."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()

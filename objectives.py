@@ -13,6 +13,11 @@ from math import lgamma, log, sqrt
 
 import numpy as np
 
+
+class InputError(ValueError):
+    """A mistake of the user's: one line that names what is wrong and the remedy; the commands exit with status 2."""
+
+
 IGNORE = -100  # label of a position that carries no loss, as in model.py
 ORDER, NOISE, VALID_NOISE = range(3)  # streams: one per use of the seed, so that no two uses share random numbers
 
@@ -58,7 +63,7 @@ def mask_tokens(
     inputs [106 4 108 109 110 2] and labels [-100 107 -100 -100 110 -100]: 107 was masked, 110 was chosen and stays.
     """
     if not 0 <= mask_prob < 1:
-        raise ValueError(f"mask_prob is {mask_prob}: it must be in [0, 1)")
+        raise InputError(f"mask_prob is {mask_prob}: it must be in [0, 1)")
     candidates = np.flatnonzero(tokens >= ids.ordinary)
     chosen = candidates[_choose(len(candidates), min(len(candidates), round(len(tokens) * mask_prob)), rng)]
     fate, replacement = rng.random((2, len(chosen)))
@@ -77,13 +82,13 @@ def sample_spans(
     Span lengths are Poisson(mean_span) given that they are not 0, the last one drawn is cut to meet the budget, and at
     least one token parts two spans (where more are drawn than the tokens left can part, neighbours are joined). Spans
     and single tokens lie on a circle in random order and the circle is cut at random, so every position is equally
-    likely to be noise; a span across the cut becomes two. Raises ValueError for a length below 1, a density outside
+    likely to be noise; a span across the cut becomes two. Raises InputError for a length below 1, a density outside
     [0, 1) or a mean_span outside (0, 1000].
 
     sample_spans(6, 0.5, 3.0, rng) may give starts [1 5] and lengths [2 1].
     """
     if length < 1 or not 0 <= density < 1 or not 0 < mean_span <= 1000:
-        raise ValueError(
+        raise InputError(
             f"length {length}, density {density}, mean_span {mean_span}: "
             "length must be at least 1, density in [0, 1) and mean_span in (0, 1000]"
         )
@@ -133,10 +138,10 @@ def sentinel_spans(
 
     The target is each sentinel followed by its span, and one sentinel more at the end. With <extra_id_0> at 6, spans at
     [1 5] of lengths [2 1] turn [106 107 108 109 110 111] into [106 6 109 110 7] and [6 107 108 7 111 8].
-    Raises ValueError when there are more spans than sentinels allow.
+    Raises InputError when there are more spans than sentinels allow.
     """
     if len(starts) >= ids.n_sentinels:
-        raise ValueError(
+        raise InputError(
             f"{len(starts)} spans in a row of {len(tokens)} tokens need {len(starts) + 1} sentinels, "
             f"there are {ids.n_sentinels}: use shorter rows, a lower density or longer spans"
         )
@@ -163,7 +168,7 @@ def noise_row(
     ordinary = np.flatnonzero(tokens >= ids.ordinary)
     budget = round(len(tokens) * density)
     if budget >= len(ordinary):
-        raise ValueError(
+        raise InputError(
             f"{budget} of {len(tokens)} tokens were to be noise, the row has {len(ordinary)} ordinary ones: "
             "lower the density"
         )
@@ -179,7 +184,7 @@ def noise_row(
         return mask_spans(tokens, starts, lengths, ids), tokens
     if noise == "sentinel":
         return sentinel_spans(tokens, starts, lengths, ids)
-    raise ValueError(f"noise is {noise!r}: it must be drop, mask or sentinel")
+    raise InputError(f"noise is {noise!r}: it must be drop, mask or sentinel")
 
 
 def _choose(n: int, k: int, rng: np.random.Generator) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Stage 1: an encoder by masked language modelling (Soltan et al. 2023, "Models"; the encoder that is to beat).
 
-    torchrun train_encoder.py                                        # on the embedded corpus -> enc.pt
-    torchrun train_encoder.py --data DATA --preset base --steps 100000 --batch-size 512 --seq-len 512
-    torchrun train_encoder.py --init extracted.pt --out enc-mlm.pt   # continue an encoder (Recipe 1)
+torchrun train_encoder.py                                        # on the embedded corpus -> enc.pt
+torchrun train_encoder.py --data DATA --preset base --steps 100000 --batch-size 512 --seq-len 512
+torchrun train_encoder.py --init extracted.pt --out enc-mlm.pt   # continue an encoder (Recipe 1)
 """
 
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 import trainer
-from data import InputError, run_command
+from data import run_command
 from model import MaskedLM, flag
-from objectives import SpecialIds, mask_tokens
+from objectives import InputError, SpecialIds, mask_tokens
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def main() -> None:
     torch.manual_seed(run.train.seed)
     model = MaskedLM(run.model)
     if run.init:
-        trainer.warm_start(model, run.init_path, run.init["weights"])
+        trainer.warm_start(model, run.settings["init"], run.init["weights"])
     trainer.fit(run, model, encoder_objective(run.data.ids, run.objective))
 
 

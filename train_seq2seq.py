@@ -1,7 +1,7 @@
 """Stage 2: a seq2seq model by de-noising, from scratch or around the encoder of stage 1 (Soltan et al. 2023, Recipe 2).
 
-    torchrun train_seq2seq.py --init enc.pt --unfreeze-at 0.5    # the recipe -> seq2seq.pt
-    torchrun train_seq2seq.py --out scratch.pt                   # the model it is to match
+torchrun train_seq2seq.py --init enc.pt --unfreeze-at 0.5    # the recipe -> seq2seq.pt
+torchrun train_seq2seq.py --out scratch.pt                   # the model it is to match
 """
 
 from dataclasses import dataclass
@@ -10,16 +10,18 @@ import numpy as np
 import torch
 
 import trainer
-from data import InputError, run_command
+from data import run_command
 from model import Seq2Seq, flag
-from objectives import SpecialIds, noise_row
+from objectives import InputError, SpecialIds, noise_row
 
 
 @dataclass(frozen=True)
 class DenoiseConfig:
     """The objective of this stage, and how long the encoder stays frozen."""
 
-    noise: str = flag("drop", "spans leave no trace, one <mask> each, or T5's sentinels", choices=("drop", "mask", "sentinel"))
+    noise: str = flag(
+        "drop", "spans leave no trace, one <mask> each, or T5's sentinels", choices=("drop", "mask", "sentinel")
+    )
     noise_density: float = flag(0.15, "share of the tokens that lie in spans")
     mean_span: float = flag(3.0, "mean of the Poisson that span lengths are drawn from, tokens")
     unfreeze_at: float = flag(0.0, "the encoder of --init is frozen for this share of the steps, 0 to 1")
@@ -53,7 +55,7 @@ def main() -> None:
     torch.manual_seed(run.train.seed)
     model = Seq2Seq(run.model)
     if run.init:
-        trainer.warm_start(model, run.init_path, run.init["weights"])
+        trainer.warm_start(model, run.settings["init"], run.init["weights"])
     objective = seq2seq_objective(run.data.ids, own)
     trainer.fit(run, model, objective, frozen=lambda step: step < own.unfreeze_at * steps)
 

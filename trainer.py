@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import SAMPLE_DATA, SAMPLE_OPTIONS, SAMPLE_TEXT, InputError, TokenData, prepare
+from data import SAMPLE_DATA, SAMPLE_OPTIONS, SAMPLE_TEXT, TokenData, prepare
 from model import IGNORE, PRESETS, MaskedLM, ModelConfig, Seq2Seq, flag
-from objectives import NOISE, VALID_NOISE, sample_rng
+from objectives import NOISE, VALID_NOISE, InputError, sample_rng
 
 Example = dict[str, np.ndarray]  # arguments of the model's forward for one row, or for a batch of them
 Objective = Callable[[np.ndarray, np.random.Generator], Example]
@@ -128,7 +128,7 @@ def load_model(path: Path, *kinds: str) -> tuple[nn.Module, dict]:
     return model.eval(), checkpoint
 
 
-def warm_start(model: nn.Module, path: Path, weights: dict[str, Tensor]) -> None:
+def warm_start(model: nn.Module, path: object, weights: dict[str, Tensor]) -> None:
     """Copies a checkpoint's weights into the model and prints what was loaded, what is new and what was unused.
 
     A part (embed, encoder, decoder, head) is taken whole or not at all, and embed and encoder must be taken: a model
@@ -156,18 +156,22 @@ class Run:
 
     kind: str  # "encoder" or "seq2seq"
     out: Path
-    settings: dict  # every flag that matters, resolved
+    settings: dict  # every flag, resolved
     train: TrainConfig
     model: ModelConfig
     objective: object  # the script's own dataclass of flags
     data: TokenData
     init: dict | None  # the checkpoint of --init
-    init_path: Path | None
     state: dict | None  # the checkpoint of --resume
 
     @property
     def folder(self) -> Path:
         return self.out.with_suffix(".run")
+
+    @property
+    def history(self) -> list[dict]:
+        """The stages before this one."""
+        return self.state["history"][:-1] if self.state else self.init["history"] if self.init else []
 
 
 def build(config: type, settings: dict) -> object:
@@ -181,7 +185,7 @@ def _parse_flags(description: str, default_out: str, configs: list[type]) -> dic
     """Only the flags that were given; every field of the configs that has a default is one."""
     parser = argparse.ArgumentParser(description=description, argument_default=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path(default_out), help="checkpoint to write (default %(default)s)")
-    parser.add_argument("--init", type=Path, help="encoder checkpoint to start from; it sets the model's shape")
+    parser.add_argument("--init", help="encoder checkpoint to start from; it sets the model's shape")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of --out")
     parser.add_argument("--preset", choices=PRESETS, help="model size (default tiny); flags below change parts of it")
     for config in configs:
@@ -199,58 +203,63 @@ def _parse_flags(description: str, default_out: str, configs: list[type]) -> dic
 def start(description: str, kind: str, objective: type) -> Run:
     """Reads the command line of a training script and reconciles it with the checkpoint of --init or --resume.
 
-    Defaults give way to the preset, the preset to the shape of --init's model, that to the flags. A resumed run keeps
-    its stored settings. Raises InputError where two of them contradict each other, naming the first field.
+    Raises InputError where two of them contradict each other, naming the first field.
     """
     configs = [TrainConfig, ModelConfig, objective]
     flags = _parse_flags(description, {"encoder": "enc.pt", "seq2seq": "seq2seq.pt"}[kind], configs)
-    out, init_path, resume = flags.pop("out"), flags.pop("init", None), flags.pop("resume", False)
-    preset = flags.pop("preset", None)
+    out, resume = flags.pop("out"), flags.pop("resume", False)
+    preset = PRESETS.get(flags.pop("preset", None))
+    defaults = {f.name: f.default for config in configs for f in fields(config)}
     _start_processes()
     newest, init, state = out.with_suffix(".run") / "state.pt", None, None
-    settings = {f.name: f.default for config in configs for f in fields(config)}
     if resume:
         if not newest.exists():
             raise InputError(f"{newest}: nothing to resume; start without --resume")
         state = load_checkpoint(newest, kind)
-        wanted = dict(flags, **(PRESETS[preset] if preset else {}), **({"init": str(init_path)} if init_path else {}))
-        for name, value in wanted.items():
-            if name not in FREE_ON_RESUME and state["settings"][name] != value:
-                raise InputError(f"--{name.replace('_', '-')} {value}: {newest} was started with "
-                                 f"{state['settings'][name]}; leave the flag out, or start anew under another --out")  # fmt: skip
-        settings |= state["settings"] | {name: flags[name] for name in flags if name in FREE_ON_RESUME}
+        settings = defaults | _resumed(state["settings"], {**(preset or {}), **flags}, newest)
     else:
         for path in (out, newest):
             if path.exists():
                 raise InputError(f"{path}: exists; go on with --resume, or give another --out")
         if not out.parent.is_dir():
             raise InputError(f"{out.parent}: no such folder to write {out.name} to; create it")
-        settings |= {"init": str(init_path) if init_path else "", **PRESETS[preset or "tiny"]}
-        if init_path:
-            init = load_checkpoint(init_path, "encoder")
-            shape = {name: init["config"][name] for name in init["config"] if name != "n_decoder_layers"}
-            for name, value in {**(PRESETS[preset] if preset else {}), **flags}.items():
-                if name in shape and name != "dropout" and shape[name] != value:
-                    raise InputError(f"{init_path}: its {name} is {shape[name]}, the flags ask for {value}; change one")
-            settings |= shape | {"seq_len": shape["max_len"]}
-            if not preset:
-                settings["n_decoder_layers"] = shape["n_encoder_layers"]
-        settings |= flags
-    if kind == "encoder":
-        settings["n_decoder_layers"] = 0
-    data = open_data(Path(settings["data"]), settings["seq_len"], settings["seed"], settings["alpha"])
-    if resume and state["data"] != data.fingerprint:
-        raise InputError(f"{settings['data']}: not the data that {newest} was trained on; name that with --data")
-    if init and init["tokenizer"] != data.tokenizer_model:
-        raise InputError(f"{settings['data']}: its tokenizer is not that of {init_path}; prepare it with --tokenizer")
-    settings["vocab_size"] = data.ids.vocab_size
-    settings["max_len"] = settings["max_len"] or settings["seq_len"]
-    settings["lr"] = settings["lr"] or 0.016 / math.sqrt(settings["d_model"])
-    settings["embed_lr"] = settings["embed_lr"] or 3 * settings["lr"]
+        init = load_checkpoint(Path(flags["init"]), "encoder") if "init" in flags else None
+        settings = defaults | {"init": ""} | _shape(preset, init, flags) | flags
+        if kind == "encoder":
+            settings["n_decoder_layers"] = 0
+        settings["max_len"] = settings["max_len"] or settings["seq_len"]
+        settings["lr"] = settings["lr"] or 0.016 / math.sqrt(settings["d_model"])
+        settings["embed_lr"] = settings["embed_lr"] or 3 * settings["lr"]
     if settings["seq_len"] > settings["max_len"]:
         raise InputError(f"--seq-len {settings['seq_len']}: the model has {settings['max_len']} positions; lower it")
+    data = open_data(Path(settings["data"]), settings["seq_len"], settings["seed"], settings["alpha"])
+    if state and state["data"] != data.fingerprint:
+        raise InputError(f"{settings['data']}: not the data that {newest} was trained on; name that with --data")
+    if init and init["tokenizer"] != data.tokenizer_model:
+        raise InputError(f"{settings['data']}: its tokenizer is not that of {settings['init']}; use --tokenizer there")
+    settings["vocab_size"] = data.ids.vocab_size
     train, model, own = (build(config, settings) for config in configs)
-    return Run(kind, out, settings, train, model, own, data, init, init_path, state)
+    return Run(kind, out, settings, train, model, own, data, init, state)
+
+
+def _resumed(stored: dict, flags: dict, newest: Path) -> dict:
+    """The stored settings of a run, with those flags that change no result; any other flag must agree."""
+    for name, value in flags.items():
+        if name not in FREE_ON_RESUME and stored[name] != value:
+            remedy = "leave the flag out, or start anew under another --out"
+            raise InputError(f"--{name.replace('_', '-')} {value}: {newest} was started with {stored[name]}; {remedy}")
+    return stored | {name: value for name, value in flags.items() if name in FREE_ON_RESUME}
+
+
+def _shape(preset: dict | None, init: dict | None, flags: dict) -> dict:
+    """Shape of a new run's model: the preset's, or that of --init's encoder with a decoder as deep, or tiny's."""
+    if init is None:
+        return preset or PRESETS["tiny"]
+    shape = {name: value for name, value in init["config"].items() if name != "n_decoder_layers"}
+    for name, value in {**(preset or {}), **flags}.items():
+        if name != "dropout" and shape.get(name, value) != value:
+            raise InputError(f"{flags['init']}: its {name} is {shape[name]}, the flags ask for {value}; change one")
+    return {"n_decoder_layers": shape["n_encoder_layers"]} | (preset or {}) | shape | {"seq_len": shape["max_len"]}
 
 
 def open_data(folder: Path, seq_len: int, seed: int = 0, alpha: float = 0.5) -> TokenData:
@@ -273,8 +282,10 @@ def _world() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def _device() -> torch.device:
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+def device() -> torch.device:
+    """This process's GPU, or the CPU where there is none."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def _start_processes() -> None:
@@ -282,11 +293,11 @@ def _start_processes() -> None:
     if _world() > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     if torch.cuda.is_available():
-        torch.cuda.set_device(_device())
+        torch.cuda.set_device(device())
 
 
 def _sum_over_ranks(values: list[float]) -> list[float]:
-    total = torch.tensor(values, dtype=torch.float64, device=_device())
+    total = torch.tensor(values, dtype=torch.float64, device=device())
     if dist.is_initialized():
         dist.all_reduce(total)
     return total.tolist()
@@ -348,14 +359,14 @@ def held_out_loss(
         for at in range(0, len(examples), 32):
             batch = collate(examples[at : at + 32], data.ids.pad)
             with _autocast(dtype):
-                loss += model(**{name: x.to(_device()) for name, x in batch.items()}).item()
+                loss += model(**{name: x.to(device()) for name, x in batch.items()}).item()
         sums += [loss, n_targets(examples)]
     sums = _sum_over_ranks(sums)
     return {language: sums[2 * i] / sums[2 * i + 1] for i, language in enumerate(languages)}
 
 
 def _autocast(dtype: str) -> torch.autocast:
-    return torch.autocast(_device().type, torch.bfloat16, enabled=dtype == "bf16")
+    return torch.autocast(device().type, torch.bfloat16, enabled=dtype == "bf16")
 
 
 # The loop ----------------------------------------------------------------------------------------------------------
@@ -393,7 +404,7 @@ def _optimizers(model: nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimize
         {"params": [p for p in rest.values() if p.ndim >= 2], "weight_decay": cfg.weight_decay},
         {"params": [p for p in rest.values() if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, cfg.lr, (0.9, 0.98), eps=1e-8, fused=True)]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, cfg.lr, (0.9, 0.98), eps=1e-6, fused=True)]
     if muon:
         optimizers.append(torch.optim.Muon(muon.values(), cfg.muon_lr, weight_decay=cfg.weight_decay))
     for optimizer in optimizers:
@@ -418,98 +429,89 @@ def freeze_encoder(model: nn.Module, frozen: bool) -> None:
 
 
 def fit(run: Run, model: nn.Module, objective: Objective, frozen: Callable[[int], bool] = lambda step: False) -> None:
-    """Trains the model by the run's settings and writes its checkpoint; `frozen(step)` freezes the encoder.
-
-    The gradient of a step is that of the mean loss over all targets of its global batch, however the batch is split.
-    """
-    cfg, data, device = run.train, run.data, _device()
+    """Trains the model by the run's settings and writes its checkpoint; `frozen(step)` freezes the encoder."""
+    cfg, data = run.train, run.data
     if cfg.batch_size % _world():
         raise InputError(f"--batch-size {cfg.batch_size}: not a multiple of the {_world()} processes")
     for language in data.languages:
         data.n_valid_rows(language)  # better now than after days of training
-    model.to(device)
+    model.to(device())
     optimizers = _optimizers(model, cfg)
-    done, spent = 0, {"tokens": 0, "flops": 0.0, "seconds": 0.0}
-    history = run.init["history"] if run.init else []
+    spent = {"steps": 0, "tokens": 0, "flops": 0.0, "seconds": 0.0}
     if run.state:
-        done, spent, history = run.state["step"], run.state["spent"], run.state["history"]
+        spent = run.state["spent"]
         model.load_state_dict(run.state["weights"])
         for optimizer, state in zip(optimizers, run.state["optimizers"]):
             optimizer.load_state_dict(state)
-        if done == cfg.steps and run.out.exists():
-            _say(f"{run.out}: finished, nothing to do")
-            return
-    log = _Log(run, done)
+    log, parallel = _Log(run, spent["steps"]), None
 
-    def checkpoint(step: int) -> dict:
-        stage = {"stage": run.kind, "steps": step, **spent, "settings": run.settings}
+    def checkpoint() -> dict:
         weights = {name: x.cpu() for name, x in model.state_dict().items()}
-        return {"kind": run.kind, "config": asdict(run.model), "weights": weights, "tokenizer": data.tokenizer_model,
-                "history": history + [stage]}  # fmt: skip
+        history = run.history + [{"stage": run.kind, **spent, "settings": run.settings}]
+        content = {"kind": run.kind, "config": asdict(run.model), "weights": weights, "history": history}
+        return content | {"tokenizer": data.tokenizer_model}
 
-    def save(step: int) -> None:
-        if _rank() == 0:
-            state = {"step": step, "spent": spent, "settings": run.settings, "data": data.fingerprint}
-            state |= {"history": history, "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-            save_checkpoint(run.folder / "state.pt", checkpoint(step) | state)
+    def evaluate_and_save() -> None:
+        done = spent["steps"]
+        if done % cfg.eval_every == 0 or done == cfg.steps:
+            log.losses(done, held_out_loss(model, data, data.languages, objective, cfg.dtype, at_most=64))
+        if _rank() == 0 and (done % cfg.save_every == 0 or done == cfg.steps):
+            state = {"spent": spent, "settings": run.settings, "data": data.fingerprint}
+            state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+            save_checkpoint(run.folder / "state.pt", checkpoint() | state)
 
-    def evaluate(step: int) -> None:
-        losses = held_out_loss(model, data, data.languages, objective, cfg.dtype, at_most=64)
-        log.losses(step, losses)
-
-    share = cfg.batch_size // _world()
-    micro = cfg.micro_batch_size or share
-    parallel = None
-    for step in range(done, cfg.steps):
+    for step in range(spent["steps"], cfg.steps):
         began = time.perf_counter()
         freeze_encoder(model.train(), frozen(step))
-        if dist.is_initialized() and frozen(step) != frozen(step - 1) or parallel is None:
+        if parallel is None or (dist.is_initialized() and frozen(step) != frozen(step - 1)):
             # A live DDP does not see the change: its ranks would drift apart in silence.
             parallel = DistributedDataParallel(model, gradient_as_bucket_view=True) if dist.is_initialized() else model
-        torch.manual_seed((cfg.seed << 32 ^ step << 8 ^ _rank()) & (1 << 63) - 1)  # dropout
+        share = cfg.batch_size // _world()
         first = step * cfg.batch_size + _rank() * share
-        examples = [_example(objective, data, cfg.seed, i) for i in range(first, first + share)]
-        (all_targets,) = _sum_over_ranks([n_targets(examples)])
-        loss = torch.zeros((), device=device)
-        for at in range(0, share, micro):
-            batch = collate(examples[at : at + micro], data.ids.pad)
-            last = at + micro >= share
-            with contextlib.nullcontext() if last or not dist.is_initialized() else parallel.no_sync():
-                with _autocast(cfg.dtype):
-                    part = parallel(**{name: x.to(device) for name, x in batch.items()})
-                (part * (_world() / all_targets)).backward()  # DDP averages over processes: undo that
-            loss += part.detach()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * rate(step, cfg)
-            optimizer.step()
-            optimizer.zero_grad()
-        loss_sum, flops = _sum_over_ranks([loss.item(), _flops(run.model, examples, frozen(step))])
-        seconds = time.perf_counter() - began
-        spent = {"tokens": spent["tokens"] + cfg.batch_size * cfg.seq_len, "flops": spent["flops"] + flops,
-                 "seconds": spent["seconds"] + seconds}  # fmt: skip
-        log.step(step, loss_sum / all_targets, float(norm), cfg.lr * rate(step, cfg), seconds)
-        if (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.steps:
-            evaluate(step + 1)
-        if (step + 1) % cfg.save_every == 0 and step + 1 < cfg.steps:
-            save(step + 1)
-    if cfg.steps:
-        evaluate(cfg.steps)
-    save(cfg.steps)
-    if _rank() == 0:
-        save_checkpoint(run.out, checkpoint(cfg.steps))
-        _say(f"{run.out}: {cfg.steps} steps, {spent['tokens']:,} tokens, {spent['flops']:.3g} FLOPs, "
-             f"{spent['seconds']:.0f} s of training")  # fmt: skip
+        examples = [objective(data.row(i), sample_rng(cfg.seed, NOISE, i)) for i in range(first, first + share)]
+        loss, norm = _update(parallel, optimizers, cfg, examples, step, data.ids.pad)
+        (flops,) = _sum_over_ranks([_flops(run.model, examples, frozen(step))])
+        seconds, tokens = time.perf_counter() - began, cfg.batch_size * cfg.seq_len
+        one = {"steps": 1, "tokens": tokens, "flops": flops, "seconds": seconds}
+        spent = {name: spent[name] + one[name] for name in one}
+        log.step(step, loss, norm, cfg.lr * rate(step, cfg), tokens / seconds)
+        evaluate_and_save()
+    if cfg.steps == 0:
+        evaluate_and_save()
+    if _rank() == 0 and not run.out.exists():
+        save_checkpoint(run.out, checkpoint())
+        cost = f"{spent['tokens']:,} tokens, {spent['flops']:.3g} FLOPs, {spent['seconds']:.0f} s of training"
+        _say(f"{run.out}: {cfg.steps} steps, {cost}")
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _example(objective: Objective, data: TokenData, seed: int, i: int) -> Example:
-    try:
-        return objective(data.row(i), sample_rng(seed, NOISE, i))
-    except ValueError as error:
-        raise InputError(f"sample {i}: {error}") from None
+def _update(
+    parallel: nn.Module, optimizers: list, cfg: TrainConfig, examples: list[Example], step: int, pad: int
+) -> tuple[float, float]:
+    """One update from this process's examples: (mean loss in nats, gradient norm), both of the global batch.
+
+    The gradient is that of the mean loss over all targets of the global batch, however the batch is split.
+    """
+    torch.manual_seed((cfg.seed << 32 ^ step << 8 ^ _rank()) & (1 << 63) - 1)  # dropout
+    (all_targets,) = _sum_over_ranks([n_targets(examples)])
+    micro = cfg.micro_batch_size or len(examples)
+    loss = torch.zeros((), device=device())
+    for at in range(0, len(examples), micro):
+        batch = {name: x.to(device()) for name, x in collate(examples[at : at + micro], pad).items()}
+        synchronise = at + micro >= len(examples) or not dist.is_initialized()
+        with contextlib.nullcontext() if synchronise else parallel.no_sync():
+            with _autocast(cfg.dtype):
+                part = parallel(**batch)
+            (part * (_world() / all_targets)).backward()  # DDP averages over processes: undo that
+        loss += part.detach()
+    norm = nn.utils.clip_grad_norm_(parallel.parameters(), 1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * rate(step, cfg)
+        optimizer.step()
+        optimizer.zero_grad()
+    return _sum_over_ranks([loss.item()])[0] / all_targets, float(norm)
 
 
 def _flops(cfg: ModelConfig, examples: list[Example], frozen: bool) -> float:
@@ -524,34 +526,36 @@ def _say(line: str) -> None:
 
 
 class _Log:
-    """Progress bar and metrics.jsonl of rank 0; a resumed run drops the lines after its checkpoint."""
+    """Progress bar and metrics.jsonl of rank 0; a resumed run drops the lines that came after its checkpoint."""
 
     def __init__(self, run: Run, done: int):
-        self.run, self.cfg, self.lines = run, run.train, run.folder / "metrics.jsonl"
+        self.run, self.path = run, run.folder / "metrics.jsonl"
         self.bar = tqdm(total=run.train.steps, initial=done, desc=run.out.name, disable=None if _rank() == 0 else True)
         if _rank() == 0:
             try:
                 run.folder.mkdir(exist_ok=True)
-                old = self.lines.read_text().splitlines() if self.lines.exists() and done else []
-                self.lines.write_text("".join(x + "\n" for x in old if json.loads(x)["step"] <= done))
+                old = self.path.read_text().splitlines() if done and self.path.exists() else []
+                # A line may be torn where the run was killed; the loss of step n is of the update after checkpoint n.
+                lines = [json.loads(line) for line in old if line.endswith("}")]
+                kept = [line for line in lines if line["step"] < done + ("held_out" in line)]
+                self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
             except OSError as error:
-                raise InputError(f"{self.lines}: cannot be written ({error.strerror})") from None
+                raise InputError(f"{self.path}: cannot be written ({error.strerror})") from None
 
     def _write(self, **values: object) -> None:
         if _rank() == 0:
-            with open(self.lines, "a") as file:
+            with open(self.path, "a") as file:
                 file.write(json.dumps(values) + "\n")
 
-    def step(self, step: int, loss: float, norm: float, lr: float, seconds: float) -> None:
+    def step(self, step: int, loss: float, norm: float, lr: float, speed: float) -> None:
         if step == 0:
             _say(f"step 0: loss {loss:.3f}, ln V = {math.log(self.run.model.vocab_size):.3f}")
-        speed = self.cfg.batch_size * self.cfg.seq_len / seconds
         self.bar.set_postfix_str(f"loss {loss:.3f}, norm {norm:.2f}, lr {lr:.1e}, {speed:,.0f} tokens/s")
         self.bar.update()
-        if step % self.cfg.log_every == 0:
+        if step % self.run.train.log_every == 0:
             self._write(step=step, loss=loss, grad_norm=norm, lr=lr, tokens_per_second=speed)
 
-    def losses(self, step: int, losses: dict[str, float]) -> None:
+    def losses(self, done: int, losses: dict[str, float]) -> None:
         mean = sum(losses.values()) / len(losses)
-        self._write(step=step, held_out=losses, mean=mean)
-        _say(f"step {step}: held-out loss {mean:.3f} ({', '.join(f'{x} {y:.2f}' for x, y in losses.items())})")
+        self._write(step=done, held_out=losses, mean=mean)
+        _say(f"step {done}: held-out loss {mean:.3f} ({', '.join(f'{x} {y:.2f}' for x, y in losses.items())})")

@@ -3,6 +3,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -13,6 +14,8 @@ import torch  # noqa: E402
 import data  # noqa: E402
 
 torch.set_num_threads(2)
+hypothesis.settings.register_profile("steady", deadline=None)  # a busy machine fails no test
+hypothesis.settings.load_profile("steady")
 
 # A model of a few thousand weights, so that a test takes a second.
 SMALL = ["--d-model", "32", "--n-heads", "2", "--d-ff", "64", "--encoder-layers", "2"]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import data
 from data import InputError, TokenData, document_text, find_text, load_tokenizer, permuted, prepare, raw_documents
 
-LANGUAGES = "ar de en es fr hi it ja mr pt ta te".split()
+LANGUAGES = ["ar", "de", "en", "es", "fr", "hi", "it", "ja", "mr", "pt", "ta", "te"]
 
 
 def documents(path) -> list[str]:
@@ -221,7 +221,10 @@ def test_the_table(data_dir, capsys):
         (lambda f: (f / "en.train.000.bin").unlink(), r"en\.train\.000\.bin: cannot be read"),
         (lambda f: (f / "en.train.000.bin").write_bytes(b""), r"en\.train\.000\.bin: not a shard"),
         (lambda f: (f / "en.train.000.bin").write_bytes((f / "en.train.000.bin").read_bytes()[:-2]), "bytes, not the"),
-        (lambda f: (f / "en.valid.000.bin").write_bytes((f / "en.valid.000.bin").read_bytes() + b"xx"), "bytes, not the"),
+        (
+            lambda f: (f / "en.valid.000.bin").write_bytes((f / "en.valid.000.bin").read_bytes() + b"xx"),
+            "bytes, not the",
+        ),
         (lambda f: (f / "en.train.000.bin").write_bytes(b"tokens01" + bytes(5000)), "not a shard of this folder's tok"),
     ],
 )

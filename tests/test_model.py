@@ -30,7 +30,7 @@ def masked_lm() -> MaskedLM:
     return model
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(1, 40), st.integers(2, 60), st.integers(1, 50), st.booleans(), st.integers(0, 2**31))
 def test_chunked_loss_equals_the_plain_one(n, vocab, rows, with_bias, seed):
     torch.manual_seed(seed)
@@ -97,7 +97,7 @@ def test_losses_are_those_of_the_logits():
     torch.testing.assert_close(model(src, tgt_in, tgt_out), expected)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(1, 10), st.integers(0, 10), st.integers(0, 1000))
 def test_padding_changes_nothing(length, padding, seed):
     torch.manual_seed(seed)

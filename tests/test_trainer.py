@@ -83,18 +83,20 @@ def test_resume_is_exact_across_the_unfreeze_step(command, data_dir, encoder, tm
     flags = ["--data", data_dir, *ROWS, "--init", "enc.pt", "--unfreeze-at", 0.5, "--steps", 6, "--dropout", 0.1,
              "--optimizer", optimizer, "--save-every", 1, "--log-every", 1, "--eval-every", 2]  # fmt: skip
     command(train_seq2seq, *flags, "--out", "whole.pt")
-    real = trainer.save_checkpoint
+    real = trainer._Log.step
 
-    def killed(path, content):
-        real(path, content)
-        if content["step"] == cut:
+    def killed(self, step, *rest):  # after the update, its line half written
+        real(self, step, *rest)
+        if step == cut:
+            with open(self.path, "a") as file:
+                file.write('{"step": ')
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer, "save_checkpoint", killed)
+    monkeypatch.setattr(trainer._Log, "step", killed)
     with pytest.raises(KeyboardInterrupt):
         command(train_seq2seq, *flags, "--out", "cut.pt")
-    monkeypatch.setattr(trainer, "save_checkpoint", real)
-    assert not (tmp_path / "cut.pt").exists()
+    monkeypatch.setattr(trainer._Log, "step", real)
+    assert not (tmp_path / "cut.pt").exists() and (tmp_path / "cut.run" / "state.pt").exists()
     command(train_seq2seq, "--out", "cut.pt", "--resume")
     assert same(weights(tmp_path / "cut.pt"), weights(tmp_path / "whole.pt"))
     whole, cut_ = (metrics(tmp_path / f"{name}.run" / "metrics.jsonl") for name in ("whole", "cut"))
@@ -265,15 +267,24 @@ def test_bad_flags_get_one_line(command, data_dir, encoder, tmp_path, module, fl
 @pytest.mark.parametrize(
     "flags, complaint",
     [
-        (["--noise-density", 0.99], "sample 0: .* lower the density"),
-        (["--noise", "sentinel", "--noise-density", 0.5, "--mean-span", 0.1, "--seq-len", 300], "there are 100: use shorter"),
-        (["--seq-len", 900], "tokens held out, a row takes 900"),
+        (["--noise-density", 0.99], "lower the density"),
+        (
+            ["--noise", "sentinel", "--noise-density", 0.5, "--mean-span", 0.1, "--seq-len", 300],
+            "there are 100: use shorter",
+        ),
     ],
 )
 def test_settings_that_no_row_can_meet_are_refused_before_training(command, data_dir, tmp_path, flags, complaint):
     with pytest.raises(InputError, match=complaint):
         command(train_seq2seq, "--data", data_dir, *SMALL, "--batch-size", 8, *flags)
     assert not (tmp_path / "seq2seq.pt").exists()
+
+
+def test_too_little_held_out_is_refused_before_training(command, data_dir, tmp_path):
+    longest = min(len(tokens) for tokens in TokenData(data_dir, 16).valid.values())
+    with pytest.raises(InputError, match=f"tokens held out, a row takes {longest + 1}: .*--valid-fraction"):
+        command(train_encoder, "--data", data_dir, *SMALL, "--seq-len", longest + 1)
+    assert not (tmp_path / "enc.pt").exists()
 
 
 def test_nothing_is_overwritten(command, data_dir, encoder, tmp_path):
