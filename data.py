@@ -381,6 +381,7 @@ def n_tokens(meta: dict, split: str) -> dict[str, int]:
 
 
 def print_table(meta: dict, alpha: float) -> None:
+    """Prints what a data folder holds of each language, and its sampling share at exponent alpha."""
     train, valid = n_tokens(meta, "train"), n_tokens(meta, "valid")
     share = shares(train, alpha)
     print("language  documents      tokens    held out         bytes  tokens/word  share")

@@ -175,6 +175,7 @@ class Run:
 
 
 def build(config: type, settings: dict) -> object:
+    """A config dataclass from the settings that it has fields for. Raises InputError naming the flag that is off."""
     try:
         return config(**{f.name: settings[f.name] for f in fields(config)})
     except ValueError as error:
@@ -210,6 +211,8 @@ def start(description: str, kind: str, objective: type) -> Run:
     out, resume = flags.pop("out"), flags.pop("resume", False)
     preset = PRESETS.get(flags.pop("preset", None))
     defaults = {f.name: f.default for config in configs for f in fields(config)}
+    if out.suffix != ".pt":
+        raise InputError(f"--out {out}: name it something.pt; what the run keeps goes to something.run")
     _start_processes()
     newest, init, state = out.with_suffix(".run") / "state.pt", None, None
     if resume:
@@ -245,9 +248,9 @@ def start(description: str, kind: str, objective: type) -> Run:
 def _resumed(stored: dict, flags: dict, newest: Path) -> dict:
     """The stored settings of a run, with those flags that change no result; any other flag must agree."""
     for name, value in flags.items():
-        if name not in FREE_ON_RESUME and stored[name] != value:
+        if name not in FREE_ON_RESUME and stored.get(name) != value:
             remedy = "leave the flag out, or start anew under another --out"
-            raise InputError(f"--{name.replace('_', '-')} {value}: {newest} was started with {stored[name]}; {remedy}")
+            raise InputError(f"--{name.replace('_', '-')} {value}: {newest} was started with {stored.get(name)}; {remedy}")
     return stored | {name: value for name, value in flags.items() if name in FREE_ON_RESUME}
 
 
@@ -263,7 +266,8 @@ def _shape(preset: dict | None, init: dict | None, flags: dict) -> dict:
 
 
 def open_data(folder: Path, seq_len: int, seed: int = 0, alpha: float = 0.5) -> TokenData:
-    if folder == SAMPLE_DATA and not (folder / "meta.json").exists():  # the embedded corpus, on first use
+    """TokenData of a folder; that of the embedded corpus is made on first use."""
+    if folder == SAMPLE_DATA and not (folder / "meta.json").exists():
         if _rank() == 0:
             prepare(SAMPLE_TEXT, folder, **SAMPLE_OPTIONS)
         if dist.is_initialized():

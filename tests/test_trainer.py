@@ -244,6 +244,7 @@ def test_held_out_loss_is_the_mean_over_targets(data_dir):
         (train_encoder, ["--seq-len", 20_000], "tokens to train on, a row takes 20000"),
         (train_encoder, ["--max-len", 16], "--seq-len 128: the model has 16 positions"),
         (train_encoder, ["--out", "no/where.pt"], "no: no such folder"),
+        (train_encoder, ["--out", "enc.run"], "--out enc.run: name it something.pt"),
         (train_encoder, ["--resume"], "nothing to resume"),
         (train_encoder, ["--init", "nowhere.pt"], "nowhere.pt: no such file"),
         (train_seq2seq, ["--unfreeze-at", 0.5], "--unfreeze-at 0.5: without --init"),
