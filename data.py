@@ -172,9 +172,8 @@ def train_tokenizer(text: dict[str, list[Path]], vocab_size: int, seed: int) -> 
         raise InputError("no text to train a tokenizer on: every file is empty")
     random.Random(seed).shuffle(lines)
     ids, model = SpecialIds(vocab_size), io.BytesIO()
-    names = {ids.mask: "<mask>", ids.clm: "[CLM]"} | {
-        ids.sentinel + k: f"<extra_id_{k}>" for k in range(ids.n_sentinels)
-    }
+    # Control symbols get the ids from 4 on, in this order, and are never made from text, whatever it says.
+    control = ["<mask>", "[CLM]"] + [f"<extra_id_{k}>" for k in range(ids.n_sentinels)]
     try:
         spm.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
@@ -189,7 +188,7 @@ def train_tokenizer(text: dict[str, list[Path]], vocab_size: int, seed: int) -> 
             eos_id=ids.eos,
             unk_id=ids.unk,
             pad_piece="<pad>",
-            control_symbols=[names[i] for i in sorted(names)],  # never made from text, whatever it says
+            control_symbols=control,
             max_sentence_length=1 << 16,
             num_threads=8,  # a constant: the result depends on it
             minloglevel=2,
@@ -205,12 +204,10 @@ def load_tokenizer(model: bytes, name: object) -> spm.SentencePieceProcessor:
     try:
         tokenizer.LoadFromSerializedProto(model)
         ids = SpecialIds(tokenizer.vocab_size())
-        fits = ids.vocab_size > ids.ordinary and [
-            tokenizer.id_to_piece(i) for i in (ids.pad, ids.mask, ids.ordinary - 1)
-        ]
-    except (RuntimeError, IndexError):
+        pieces = [tokenizer.id_to_piece(i) for i in (ids.pad, ids.mask, ids.ordinary - 1) if i < ids.vocab_size]
+    except RuntimeError:
         raise InputError(f"{name}: not a SentencePiece model") from None
-    if fits != ["<pad>", "<mask>", f"<extra_id_{ids.n_sentinels - 1}>"]:
+    if pieces != ["<pad>", "<mask>", f"<extra_id_{ids.n_sentinels - 1}>"]:
         raise InputError(f"{name}: its special tokens are not this project's; train one with `python data.py`")
     return tokenizer
 
@@ -268,6 +265,8 @@ def _encode_block(path: Path, block: list[tuple[int, bytes]]) -> tuple[dict[str,
     for number, raw in block:
         text = document_text(path, number, raw)
         lines = text_lines(text)
+        if not lines:
+            continue
         key = blake2b(text.strip().encode(), digest_size=8, key=_worker["seed"]).digest()
         split = "valid" if int.from_bytes(key, "little") < _worker["valid_fraction"] * 2**64 else "train"
         for line in tokenizer.encode(lines):
@@ -315,7 +314,6 @@ def prepare(
     tokenizer: Path | None = None,
     valid_fraction: float = 0.01,
     seed: int = 0,
-    alpha: float = 0.5,
     n_workers: int = 1,
 ) -> dict:
     """Text to tokenizer and shards; returns what it wrote to meta.json. Raises InputError and leaves no meta.json."""
@@ -323,11 +321,11 @@ def prepare(
     if data_dir.exists() and (not data_dir.is_dir() or any(data_dir.iterdir())):
         raise InputError(f"{data_dir}: exists and is not an empty folder; remove it or name another")
     try:
+        data_dir.mkdir(parents=True, exist_ok=True)
         model = tokenizer.read_bytes() if tokenizer else train_tokenizer(text, vocab_size, seed)
     except OSError as error:
-        raise InputError(f"{tokenizer}: cannot be read ({error.strerror})") from None
+        raise InputError(f"{error.filename}: cannot be read or made ({error.strerror}); name another") from None
     vocab_size = load_tokenizer(model, tokenizer).vocab_size()
-    data_dir.mkdir(parents=True, exist_ok=True)
     languages = {}
     total = sum(path.stat().st_size for files in text.values() for path in files)
     try:
@@ -555,8 +553,11 @@ def main() -> None:
     args = parser.parse_args()
     if not 0 <= args.valid_fraction < 1:
         raise InputError(f"--valid-fraction {args.valid_fraction}: it must be in [0, 1)")
-    meta = prepare(**vars(args), n_workers=os.cpu_count() or 1)
-    print_table(meta, args.alpha)
+    if not 0 <= args.seed < 1 << 64:
+        raise InputError(f"--seed {args.seed}: it must be from 0 to 2**64 - 1")
+    options = vars(args)
+    alpha = options.pop("alpha")
+    print_table(prepare(**options, n_workers=os.cpu_count() or 1), alpha)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,8 @@ class TrainConfig:
         for name in ("steps", "micro_batch_size", "lr", "embed_lr", "muon_lr", "weight_decay", "alpha", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must not be negative")
+        if self.seed >= 1 << 64:
+            raise ValueError(f"seed is {self.seed}: it must be below 2**64")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup is {self.warmup}: it must be in [0, 1]")
 
@@ -249,8 +251,9 @@ def _resumed(stored: dict, flags: dict, newest: Path) -> dict:
     """The stored settings of a run, with those flags that change no result; any other flag must agree."""
     for name, value in flags.items():
         if name not in FREE_ON_RESUME and stored.get(name) != value:
+            started = f"{newest} was started with {stored.get(name)}"
             remedy = "leave the flag out, or start anew under another --out"
-            raise InputError(f"--{name.replace('_', '-')} {value}: {newest} was started with {stored.get(name)}; {remedy}")
+            raise InputError(f"--{name.replace('_', '-')} {value}: {started}; {remedy}")
     return stored | {name: value for name, value in flags.items() if name in FREE_ON_RESUME}
 
 

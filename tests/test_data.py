@@ -141,7 +141,7 @@ def test_the_tokenizer_is_reproducible_and_balanced(text_dir):
 def test_an_impossible_vocabulary_is_refused(text_dir, tmp_path, vocab_size):
     with pytest.raises(InputError, match=f"--vocab-size {vocab_size} does not fit"):
         prepare(text_dir, tmp_path / "out", vocab_size)
-    assert not (tmp_path / "out").exists()
+    assert not any((tmp_path / "out").iterdir())
 
 
 def test_another_tokenizer_is_refused(text_dir, tmp_path):
@@ -308,7 +308,9 @@ def test_a_row_depends_on_seed_and_index_alone(data_dir):
         (["blank", "out"], "no text"),
         (["text", "full"], "full: exists and is not an empty folder"),
         (["text", "out", "--valid-fraction", "1"], "--valid-fraction 1.0"),
-        (["text", "out", "--tokenizer", "nowhere"], "nowhere: cannot be read"),
+        (["text", "out", "--seed", "-1"], "--seed -1: it must be from 0"),
+        (["text", "full/precious/out"], "full/precious/out: cannot be read or made (Not a directory)"),
+        (["text", "out", "--tokenizer", "nowhere"], "nowhere: cannot be read or made"),
         (["text", "out", "--vocab-size", "lots"], "--vocab-size"),
         (["text", "out", "--vocab-size", "900000"], "--vocab-size 900000 does not fit this text"),
     ],

@@ -237,6 +237,8 @@ def test_held_out_loss_is_the_mean_over_targets(data_dir):
         (train_encoder, ["--steps", -1], "--steps is -1"),
         (train_encoder, ["--lr", "nan"], "--lr is nan"),
         (train_encoder, ["--warmup", 2], "--warmup is 2.0"),
+        (train_encoder, ["--seed", -1], "--seed is -1"),
+        (train_encoder, ["--seed", 2**64], "--seed is 18446744073709551616"),
         (train_encoder, ["--dropout", 1], "--dropout is 1.0"),
         (train_encoder, ["--n-heads", 3], "--d-model 256 is not a multiple"),
         (train_encoder, ["--mask-prob", 0], "--mask-prob is 0.0"),
