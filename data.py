@@ -553,6 +553,8 @@ def main() -> None:
     args = parser.parse_args()
     if not 0 <= args.valid_fraction < 1:
         raise InputError(f"--valid-fraction {args.valid_fraction}: it must be in [0, 1)")
+    if not 0 <= args.alpha <= 1:
+        raise InputError(f"--alpha {args.alpha}: it must be in [0, 1]")
     if not 0 <= args.seed < 1 << 64:
         raise InputError(f"--seed {args.seed}: it must be from 0 to 2**64 - 1")
     options = vars(args)

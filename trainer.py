@@ -61,13 +61,14 @@ class TrainConfig:
         for name in ("batch_size", "seq_len", "save_every", "eval_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        for name in ("steps", "micro_batch_size", "lr", "embed_lr", "muon_lr", "weight_decay", "alpha", "seed"):
+        for name in ("steps", "micro_batch_size", "lr", "embed_lr", "muon_lr", "weight_decay", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must not be negative")
         if self.seed >= 1 << 64:
             raise ValueError(f"seed is {self.seed}: it must be below 2**64")
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"warmup is {self.warmup}: it must be in [0, 1]")
+        for name in ("warmup", "alpha"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be in [0, 1]")
 
 
 FREE_ON_RESUME = {"data", "micro_batch_size", "save_every", "eval_every", "log_every"}  # they change no result
@@ -237,13 +238,14 @@ def start(description: str, kind: str, objective: type) -> Run:
         settings["embed_lr"] = settings["embed_lr"] or 3 * settings["lr"]
     if settings["seq_len"] > settings["max_len"]:
         raise InputError(f"--seq-len {settings['seq_len']}: the model has {settings['max_len']} positions; lower it")
+    train = build(TrainConfig, settings)
     data = open_data(Path(settings["data"]), settings["seq_len"], settings["seed"], settings["alpha"])
     if state and state["data"] != data.fingerprint:
         raise InputError(f"{settings['data']}: not the data that {newest} was trained on; name that with --data")
     if init and init["tokenizer"] != data.tokenizer_model:
         raise InputError(f"{settings['data']}: its tokenizer is not that of {settings['init']}; use --tokenizer there")
     settings["vocab_size"] = data.ids.vocab_size
-    train, model, own = (build(config, settings) for config in configs)
+    model, own = build(ModelConfig, settings), build(objective, settings)
     return Run(kind, out, settings, train, model, own, data, init, state)
 
 
@@ -551,8 +553,11 @@ class _Log:
 
     def _write(self, **values: object) -> None:
         if _rank() == 0:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(values) + "\n")
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(values) + "\n")
+            except OSError as error:
+                raise InputError(f"{self.path}: cannot be written ({error.strerror}); use --resume") from None
 
     def step(self, step: int, loss: float, norm: float, lr: float, speed: float) -> None:
         if step == 0:

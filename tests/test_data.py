@@ -308,6 +308,7 @@ def test_a_row_depends_on_seed_and_index_alone(data_dir):
         (["blank", "out"], "no text"),
         (["text", "full"], "full: exists and is not an empty folder"),
         (["text", "out", "--valid-fraction", "1"], "--valid-fraction 1.0"),
+        (["text", "out", "--alpha", "nan"], "--alpha nan: it must be in [0, 1]"),
         (["text", "out", "--seed", "-1"], "--seed -1: it must be from 0"),
         (["text", "full/precious/out"], "full/precious/out: cannot be read or made (Not a directory)"),
         (["text", "out", "--tokenizer", "nowhere"], "nowhere: cannot be read or made"),

@@ -238,6 +238,7 @@ def test_held_out_loss_is_the_mean_over_targets(data_dir):
         (train_encoder, ["--lr", "nan"], "--lr is nan"),
         (train_encoder, ["--warmup", 2], "--warmup is 2.0"),
         (train_encoder, ["--seed", -1], "--seed is -1"),
+        (train_encoder, ["--alpha", "nan"], "--alpha is nan"),
         (train_encoder, ["--seed", 2**64], "--seed is 18446744073709551616"),
         (train_encoder, ["--dropout", 1], "--dropout is 1.0"),
         (train_encoder, ["--n-heads", 3], "--d-model 256 is not a multiple"),
