@@ -23,6 +23,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+
+# Imported once a process group exists (DDP does), its functions hold the group as a default argument: gloo's threads
+# then live on past its destruction, and now and then one meets the interpreter's end and aborts the process.
+import torch.distributed.nn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -492,6 +496,7 @@ def fit(run: Run, model: nn.Module, objective: Objective, frozen: Callable[[int]
         cost = f"{spent['tokens']:,} tokens, {spent['flops']:.3g} FLOPs, {spent['seconds']:.0f} s of training"
         _say(f"{run.out}: {cfg.steps} steps, {cost}")
     if dist.is_initialized():
+        del parallel  # it holds the group
         dist.destroy_process_group()
 
 
