@@ -21,7 +21,7 @@ from trainer import load_model, save_checkpoint, warm_start
 def extract(seq2seq: Seq2Seq, source: Path) -> MaskedLM:
     """An MLM model whose encoder output equals the seq2seq model's bit for bit; source names it in what is printed."""
     torch.manual_seed(0)  # of the new head
-    encoder = MaskedLM(replace(seq2seq.cfg, n_decoder_layers=0))
+    encoder = MaskedLM(replace(seq2seq.cfg, n_decoder_layers=0, fusion=False))
     warm_start(encoder, source, seq2seq.state_dict())
     return encoder
 

@@ -9,6 +9,7 @@ Shapes at line ends: B rows, S source, T target, D model, H heads, K head dim, F
 Boolean masks are True where a token is real, the sense of `scaled_dot_product_attention`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +20,7 @@ IGNORE = -100  # the target of a position that has none
 
 
 def flag(default: object, text: str, **more: object) -> object:
-    """A dataclass field that is also a command-line flag; `more` may hold `choices`, or `from_preset`."""
+    """A dataclass field that is also a command-line flag; `more` may hold `choices`, `from_preset`, `decoder_only`."""
     return field(default=default, metadata={"help": text, **more})
 
 
@@ -35,9 +36,10 @@ class ModelConfig:
     n_heads: int = flag(4, "attention heads, a divisor of the width", from_preset=True)
     d_ff: int = flag(1024, "inner width of the feed-forward layers", from_preset=True)
     n_encoder_layers: int = flag(4, "layers of the encoder", from_preset=True)
-    n_decoder_layers: int = flag(0, "layers of the decoder (train_seq2seq.py)", from_preset=True)
+    n_decoder_layers: int = flag(0, "layers of the decoder", from_preset=True, decoder_only=True)
     max_len: int = flag(0, "learned positions: the longest row in tokens (default: --seq-len)", from_preset=True)
     dropout: float = flag(0.0, "on embeddings and sublayer outputs, 0 to 1", from_preset=True)
+    fusion: bool = flag(False, "the decoder sees all layers of the encoder, fused by attention", decoder_only=True)
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_heads", "d_ff", "n_encoder_layers", "max_len"):
@@ -145,12 +147,39 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(EncoderBlock(cfg) for _ in range(cfg.n_encoder_layers))
         self.norm = nn.LayerNorm(cfg.d_model)
 
-    def forward(self, embedded: Tensor, src_mask: Tensor | None = None) -> Tensor:  # [B, S, D], [B, S]
+    def forward(
+        self, embedded: Tensor, src_mask: Tensor | None = None, fuse: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:  # [B, S, D], [B, S] -> [B, S, D]
+        """The last layer's output, or what `fuse` makes of all layers' [layers, B, S, D], each through the final norm.
+
+        Without that norm the deeper layers would outweigh the others: a Pre-LN stream grows from layer to layer.
+        """
         x = self.dropout(embedded + self.positions.weight[: embedded.shape[1]])
         mask = None if src_mask is None else src_mask[:, None, None, :]  # [B, 1, 1, S]
+        layers = []
         for block in self.blocks:
             x = block(x, mask)
-        return self.norm(x)  # [B, S, D]
+            if fuse is not None:
+                layers.append(x)
+        return self.norm(x) if fuse is None else fuse(self.norm(torch.stack(layers)))
+
+
+class Fusion(nn.Module):
+    """Attention over the encoder's layers, at each token for itself (Cao, Satya Prakash, Hamza 2022).
+
+    scores_l = q . LN(h_l) / sqrt(D), p = softmax over the layers, fused = sum_l p_l h_l. The query starts at 0: at
+    step 0 every layer counts alike. paper: how it is wired there is not known to us.
+    """
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.query, self.norm = nn.Parameter(torch.zeros(cfg.d_model)), nn.LayerNorm(cfg.d_model)
+
+    def weights(self, layers: Tensor) -> Tensor:  # [layers, B, S, D] -> [layers, B, S], of sum 1 over the layers
+        return (self.norm(layers) @ self.query / len(self.query) ** 0.5).float().softmax(0)
+
+    def forward(self, layers: Tensor) -> Tensor:  # [layers, B, S, D] -> [B, S, D]
+        return (self.weights(layers)[..., None] * layers).sum(0)
 
 
 class Decoder(nn.Module):
@@ -279,11 +308,12 @@ class Seq2Seq(nn.Module):
         self.cfg = cfg
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.encoder = Encoder(cfg)
+        self.fusion = Fusion(cfg) if cfg.fusion else None
         self.decoder = Decoder(cfg)
         self.apply(_init_weights)
 
     def encode(self, src: Tensor, src_mask: Tensor | None = None) -> Tensor:  # [B, S] -> [B, S, D]
-        return self.encoder(self.embed(src), src_mask)
+        return self.encoder(self.embed(src), src_mask, self.fusion)
 
     def decode(
         self, tgt_in: Tensor, enc_out: Tensor, src_mask: Tensor | None = None, cache: list | None = None

@@ -187,6 +187,21 @@ def noise_row(
     raise InputError(f"noise is {noise!r}: it must be drop, mask or sentinel")
 
 
+def clm_row(tokens: np.ndarray, rng: np.random.Generator, ids: SpecialIds) -> tuple[np.ndarray, np.ndarray]:
+    """ "Go on with this text" (Soltan et al. 2022, causal language modelling): a row [L] -> (source, target).
+
+    The source is [CLM] and the first 20 to 80 % of the row, each length equally likely; the target is the rest.
+    With [CLM] at 5, [106 107 108 109 110 111] cut at 2 gives [5 106 107] and [108 109 110 111].
+    Raises InputError for a row of one token.
+    """
+    if len(tokens) < 2:
+        raise InputError(f"a row of {len(tokens)} tokens cannot be cut in two: use longer rows")
+    least = max(1, -(-len(tokens) // 5))
+    most = max(least, len(tokens) * 4 // 5)
+    cut = least + int(rng.random() * (most - least + 1))
+    return np.concatenate([[ids.clm], tokens[:cut]]).astype(tokens.dtype), tokens[cut:]
+
+
 def _choose(n: int, k: int, rng: np.random.Generator) -> np.ndarray:
     """k of the numbers 0..n-1 in random order."""
     return rng.random(n).argsort(kind="stable")[:k]

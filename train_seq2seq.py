@@ -4,15 +4,17 @@ torchrun train_seq2seq.py --init enc.pt --unfreeze-at 0.5    # the recipe -> seq
 torchrun train_seq2seq.py --out scratch.pt                   # the model it is to match
 """
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import trainer
 from data import run_command
-from model import Seq2Seq, flag
-from objectives import InputError, SpecialIds, noise_row
+from model import Decoder, ModelConfig, Seq2Seq, flag
+from objectives import InputError, SpecialIds, clm_row, noise_row
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class DenoiseConfig:
     )
     noise_density: float = flag(0.15, "share of the tokens that lie in spans")
     mean_span: float = flag(3.0, "mean of the Poisson that span lengths are drawn from, tokens")
+    clm_fraction: float = flag(0.0, "share of the rows that are to be continued, not de-noised (AlexaTM 20B: 0.2)")
+    init_decoder: bool = flag(False, "the decoder starts from the layers of --init's encoder, but for cross-attention")
     unfreeze_at: float = flag(0.0, "the encoder of --init is frozen for this share of the steps, 0 to 1")
 
     def __post_init__(self) -> None:
@@ -31,31 +35,55 @@ class DenoiseConfig:
             raise ValueError(f"noise_density is {self.noise_density}: it must be above 0 and below 1")
         if not 0 < self.mean_span <= 1000:
             raise ValueError(f"mean_span is {self.mean_span}: it must be above 0 and at most 1000")
-        if not 0 <= self.unfreeze_at <= 1:
-            raise ValueError(f"unfreeze_at is {self.unfreeze_at}: it must be in [0, 1]")
+        for name in ("clm_fraction", "unfreeze_at"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be in [0, 1]")
 
 
 def seq2seq_objective(ids: SpecialIds, cfg: DenoiseConfig) -> trainer.Objective:
     """A row [L] -> source [S], decoder input [T] (the target behind <s>) and target [T] of Seq2Seq."""
 
     def objective(tokens: np.ndarray, rng: np.random.Generator) -> trainer.Example:
-        src, tgt_out = noise_row(tokens, rng, ids, cfg.noise, cfg.noise_density, cfg.mean_span)
+        if cfg.clm_fraction and rng.random() < cfg.clm_fraction:
+            src, tgt_out = clm_row(tokens, rng, ids)
+        else:
+            src, tgt_out = noise_row(tokens, rng, ids, cfg.noise, cfg.noise_density, cfg.mean_span)
         return {"src": src, "tgt_in": np.concatenate([[ids.bos], tgt_out[:-1]]), "tgt_out": tgt_out}
 
     return objective
 
 
+def decoder_from_encoder(weights: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
+    """Decoder weights from an encoder's: positions, self-attention, feed-forward and norms (Rothe et al. 2020).
+
+    Decoder layer i takes encoder layer i * n_encoder_layers // n_decoder_layers. Cross-attention has no counterpart.
+    """
+    taken = {}
+    for name in Decoder(cfg).state_dict():
+        source = re.sub(
+            r"(?<=blocks\.)\d+", lambda i: str(int(i[0]) * cfg.n_encoder_layers // cfg.n_decoder_layers), name
+        )
+        if f"encoder.{source}" in weights:
+            taken[f"decoder.{name}"] = weights[f"encoder.{source}"]
+    return taken
+
+
 def main() -> None:
     run = trainer.start(__doc__, "seq2seq", DenoiseConfig)
     own, steps = run.objective, run.train.steps
-    if own.unfreeze_at and not run.settings["init"]:
-        raise InputError(f"--unfreeze-at {own.unfreeze_at}: without --init there is no trained encoder to freeze")
+    needs_encoder = {"--unfreeze-at": own.unfreeze_at, "--init-decoder": own.init_decoder, "--fusion": run.model.fusion}
+    for name, given in needs_encoder.items():
+        if given and not run.settings["init"]:
+            raise InputError(f"{name}: there is no trained encoder to work with; give one with --init")
     if run.model.n_decoder_layers < 1:
         raise InputError(f"--decoder-layers {run.model.n_decoder_layers}: it must be at least 1")
     torch.manual_seed(run.train.seed)
     model = Seq2Seq(run.model)
     if run.init:
-        trainer.warm_start(model, run.settings["init"], run.init["weights"])
+        weights = run.init["weights"]
+        if own.init_decoder:
+            weights = weights | decoder_from_encoder(weights, run.model)
+        trainer.warm_start(model, run.settings["init"], weights)
     objective = seq2seq_objective(run.data.ids, own)
     trainer.fit(run, model, objective, frozen=lambda step: step < own.unfreeze_at * steps)
 

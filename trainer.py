@@ -111,7 +111,7 @@ def load_checkpoint(path: Path, *kinds: str) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+        raise InputError(f"{path}: no such file; run the command that writes it first") from None
     except Exception as error:  # torch raises many kinds for a damaged file
         unsafe = "weights_only" in str(error).lower() or "unsupported" in str(error).lower()
         reason = "it holds more than tensors and plain values" if unsafe else "damaged or not a checkpoint"
@@ -138,13 +138,13 @@ def load_model(path: Path, *kinds: str) -> tuple[nn.Module, dict]:
 def warm_start(model: nn.Module, path: object, weights: dict[str, Tensor]) -> None:
     """Copies a checkpoint's weights into the model and prints what was loaded, what is new and what was unused.
 
-    A part (embed, encoder, decoder, head) is taken whole or not at all, and embed and encoder must be taken: a model
-    that silently lacks half of what it was to start from looks much like one that trains badly. Else InputError.
+    A part (embed, encoder, decoder, head ...) is taken whole or not at all, and embed and encoder must be taken: a
+    model that silently lacks half of what it was to start from looks much like one that trains badly. Else InputError.
     """
     own = model.state_dict()
     loaded = [name for name in own if name in weights and own[name].shape == weights[name].shape]
     rest = {"new": own.keys() - loaded, "unused": weights.keys() - loaded}
-    part = {name: name.split(".")[0] for name in own | weights}
+    part = {name: "cross-attention" if ".cross" in name else name.split(".")[0] for name in own | weights}
     taken = {part[name] for name in loaded}
     unfit = [name for names in rest.values() for name in sorted(names) if part[name] in taken | {"embed", "encoder"}]
     if unfit:
@@ -184,13 +184,14 @@ class Run:
 def build(config: type, settings: dict) -> object:
     """A config dataclass from the settings that it has fields for. Raises InputError naming the flag that is off."""
     try:
-        return config(**{f.name: settings[f.name] for f in fields(config)})
+        return config(**{f.name: settings[f.name] for f in fields(config) if f.name in settings})
     except ValueError as error:
         raise InputError(f"--{str(error).replace('_', '-')}") from None
 
 
-def _parse_flags(description: str, default_out: str, configs: list[type]) -> dict:
+def _parse_flags(description: str, kind: str, configs: list[type]) -> dict:
     """Only the flags that were given; every field of the configs that has a default is one."""
+    default_out = {"encoder": "enc.pt", "seq2seq": "seq2seq.pt"}[kind]
     parser = argparse.ArgumentParser(description=description, argument_default=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path(default_out), help="checkpoint to write (default %(default)s)")
     parser.add_argument("--init", help="encoder checkpoint to start from; it sets the model's shape")
@@ -199,12 +200,14 @@ def _parse_flags(description: str, default_out: str, configs: list[type]) -> dic
     for config in configs:
         group = parser.add_argument_group(config.__name__)
         for f in fields(config):
-            if f.default is not MISSING:
+            if f.default is not MISSING and not (kind == "encoder" and f.metadata.get("decoder_only")):
                 name = {"n_decoder_layers": "decoder_layers", "n_encoder_layers": "encoder_layers"}.get(f.name, f.name)
                 text = f.metadata["help"].replace("%", "%%")
                 text += "" if f.metadata.get("from_preset") else f" (default {f.default})"
-                choices, type_ = f.metadata.get("choices"), type(f.default)
-                group.add_argument(f"--{name.replace('_', '-')}", dest=f.name, type=type_, choices=choices, help=text)
+                more: dict = {"type": type(f.default), "choices": f.metadata.get("choices")}
+                if type(f.default) is bool:
+                    more = {"action": "store_true"}
+                group.add_argument(f"--{name.replace('_', '-')}", dest=f.name, help=text, **more)
     return vars(parser.parse_args())
 
 
@@ -214,7 +217,7 @@ def start(description: str, kind: str, objective: type) -> Run:
     Raises InputError where two of them contradict each other, naming the first field.
     """
     configs = [TrainConfig, ModelConfig, objective]
-    flags = _parse_flags(description, {"encoder": "enc.pt", "seq2seq": "seq2seq.pt"}[kind], configs)
+    flags = _parse_flags(description, kind, configs)
     out, resume = flags.pop("out"), flags.pop("resume", False)
     preset = PRESETS.get(flags.pop("preset", None))
     defaults = {f.name: f.default for config in configs for f in fields(config)}
@@ -267,7 +270,7 @@ def _shape(preset: dict | None, init: dict | None, flags: dict) -> dict:
     """Shape of a new run's model: the preset's, or that of --init's encoder with a decoder as deep, or tiny's."""
     if init is None:
         return preset or PRESETS["tiny"]
-    shape = {name: value for name, value in init["config"].items() if name != "n_decoder_layers"}
+    shape = {name: value for name, value in init["config"].items() if name not in ("n_decoder_layers", "fusion")}
     for name, value in {**(preset or {}), **flags}.items():
         if name != "dropout" and shape.get(name, value) != value:
             raise InputError(f"{flags['init']}: its {name} is {shape[name]}, the flags ask for {value}; change one")
@@ -390,6 +393,7 @@ def train_flops(cfg: ModelConfig, rows: int, source: int, target: int, n_targets
 
     A backward pass costs twice its forward: one product for the inputs' gradient, one for the weights'. A frozen
     encoder has no backward; neither have the decoder's gradient for its output nor that for the frozen embedding.
+    Attention fusion, less than a thousandth of an encoder's products, is left out.
     (Soltan et al. 2023 compare compute by counting a stack's forward as 1 and its backward as 2.)
     """
     d, layer = cfg.d_model, 2 * (4 * cfg.d_model**2 + 2 * cfg.d_model * cfg.d_ff)  # a block's products, per token
@@ -401,6 +405,16 @@ def train_flops(cfg: ModelConfig, rows: int, source: int, target: int, n_targets
     cross = rows * cfg.n_decoder_layers * (target * 4 * d**2 + 4 * target * source * d)
     decoder = rows * cfg.n_decoder_layers * (target * layer + 4 * target**2 * d) + cross
     return 3 * decoder + (encoder + 2 * (cross_kv + projection) if frozen else 3 * (encoder + cross_kv + projection))
+
+
+def batch_flops(cfg: ModelConfig, batch: dict[str, Tensor], frozen: bool = False) -> float:
+    """train_flops of a collated batch, padding included: the decoder projects every position, the MLM head only those
+    that carry a label."""
+    rows, source = batch["src"].shape
+    if "labels" in batch:
+        return train_flops(cfg, rows, source, 0, int((batch["labels"] != IGNORE).sum()))
+    target = batch["tgt_in"].shape[1]
+    return train_flops(cfg, rows, source, target, rows * target, frozen)
 
 
 def _optimizers(model: nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -482,8 +496,7 @@ def fit(run: Run, model: nn.Module, objective: Objective, frozen: Callable[[int]
         share = cfg.batch_size // _world()
         first = step * cfg.batch_size + _rank() * share
         examples = [objective(data.row(i), sample_rng(cfg.seed, NOISE, i)) for i in range(first, first + share)]
-        loss, norm = _update(parallel, optimizers, cfg, examples, step, data.ids.pad)
-        (flops,) = _sum_over_ranks([_flops(run.model, examples, frozen(step))])
+        loss, norm, flops = _update(run, parallel, optimizers, examples, step, frozen(step))
         seconds, tokens = time.perf_counter() - began, cfg.batch_size * cfg.seq_len
         one = {"steps": 1, "tokens": tokens, "flops": flops, "seconds": seconds}
         spent = {name: spent[name] + one[name] for name in one}
@@ -501,18 +514,20 @@ def fit(run: Run, model: nn.Module, objective: Objective, frozen: Callable[[int]
 
 
 def _update(
-    parallel: nn.Module, optimizers: list, cfg: TrainConfig, examples: list[Example], step: int, pad: int
-) -> tuple[float, float]:
-    """One update from this process's examples: (mean loss in nats, gradient norm), both of the global batch.
+    run: Run, parallel: nn.Module, optimizers: list, examples: list[Example], step: int, frozen: bool
+) -> tuple[float, float, float]:
+    """One update from this process's examples: (mean loss in nats, gradient norm, FLOPs), all of the global batch.
 
     The gradient is that of the mean loss over all targets of the global batch, however the batch is split.
     """
+    cfg = run.train
     torch.manual_seed((cfg.seed << 32 ^ step << 8 ^ _rank()) & (1 << 63) - 1)  # dropout
     (all_targets,) = _sum_over_ranks([n_targets(examples)])
     micro = cfg.micro_batch_size or len(examples)
-    loss = torch.zeros((), device=device())
+    loss, flops = torch.zeros((), device=device()), 0.0
     for at in range(0, len(examples), micro):
-        batch = {name: x.to(device()) for name, x in collate(examples[at : at + micro], pad).items()}
+        batch = {name: x.to(device()) for name, x in collate(examples[at : at + micro], run.data.ids.pad).items()}
+        flops += batch_flops(run.model, batch, frozen)
         synchronise = at + micro >= len(examples) or not dist.is_initialized()
         with contextlib.nullcontext() if synchronise else parallel.no_sync():
             with _autocast(cfg.dtype):
@@ -525,13 +540,8 @@ def _update(
             group["lr"] = group["peak"] * rate(step, cfg)
         optimizer.step()
         optimizer.zero_grad()
-    return _sum_over_ranks([loss.item()])[0] / all_targets, float(norm)
-
-
-def _flops(cfg: ModelConfig, examples: list[Example], frozen: bool) -> float:
-    target = max(len(example.get("tgt_in", ())) for example in examples)
-    source = max(len(example["src"]) for example in examples)
-    return train_flops(cfg, len(examples), source, target, n_targets(examples), frozen)
+    loss_sum, flops = _sum_over_ranks([loss.item(), flops])
+    return loss_sum / all_targets, float(norm), flops
 
 
 def _say(line: str) -> None:

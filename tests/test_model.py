@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import IGNORE, PRESETS, MaskedLM, ModelConfig, ProjectionLoss, Seq2Seq, generate
+from model import IGNORE, PRESETS, Fusion, MaskedLM, ModelConfig, ProjectionLoss, Seq2Seq, generate
 
 SMALL = dict(vocab_size=120, d_model=32, n_heads=4, d_ff=64, n_encoder_layers=2, max_len=24)
 BOS, EOS, PAD = 1, 2, 0
@@ -208,3 +208,58 @@ def test_dropout_is_where_it_should_be():
     src = torch.randint(6, 120, (2, 8))
     assert not torch.equal(model.train().encode(src), model.encode(src))
     assert torch.equal(model.eval().encode(src), model.encode(src))
+
+
+# Attention fusion --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_fusion_is_attention_over_the_layers():
+    """Against the formula written out token by token, on all layers' outputs as hooks see them."""
+    model = seq2seq(fusion=True, n_encoder_layers=3)
+    model.fusion.query.data = torch.randn(32) * 3
+    layers = []
+    hooks = [block.register_forward_hook(lambda *call: layers.append(call[2])) for block in model.encoder.blocks]
+    src, mask = torch.randint(6, 120, (2, 5)), torch.tensor([[True] * 5, [True, True, True, False, False]])
+    fused = model.encode(src, mask)
+    for hook in hooks:
+        hook.remove()
+    norm = model.fusion.norm
+    for b, s in itertools.product(range(2), range(5)):
+        h = [model.encoder.norm(layer[b, s]) for layer in layers]
+        centred = [(x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt() for x in h]
+        scores = [float((c * norm.weight + norm.bias) @ model.fusion.query) / math.sqrt(32) for c in centred]
+        p = [math.exp(score) / sum(map(math.exp, scores)) for score in scores]
+        assert max(p) - min(p) > 0.01
+        torch.testing.assert_close(fused[b, s], sum(p_l * h_l for p_l, h_l in zip(p, h)), rtol=1e-4, atol=1e-5)
+    assert len(layers) == 3 and not torch.equal(fused, model.encoder(model.embed(src), mask))
+
+
+def test_fusion_starts_with_equal_layers_and_learns_while_the_encoder_is_frozen():
+    model = Seq2Seq(ModelConfig(**SMALL, n_decoder_layers=1, fusion=True))
+    src = torch.randint(6, 120, (2, 5))
+    p = model.encoder(model.embed(src), None, model.fusion.weights)
+    assert p.shape == (2, 2, 5) and torch.equal(p, torch.full_like(p, 0.5))
+    model.embed.requires_grad_(False)
+    model.encoder.requires_grad_(False)
+    loss = model(src, src, src) / src.numel()
+    assert abs(loss.item() / math.log(120) - 1) < 0.05
+    loss.backward()
+    assert model.fusion.query.grad.abs().min() > 0 and all(p.grad is None for p in model.encoder.parameters())
+
+
+def test_fusion_adds_under_a_ten_thousandth_at_paper_scale():
+    with torch.device("meta"):
+        cfg = ModelConfig(150_000, **PRESETS["paper"], max_len=512, fusion=True)
+        added, whole = (sum(p.numel() for p in m.parameters()) for m in (Fusion(cfg), Seq2Seq(cfg)))
+    assert added == 3 * 1024 and 500e6 < whole < 510e6 and added / whole < 1e-4
+
+
+def test_generation_over_fused_layers_with_and_without_cache():
+    model, src = seq2seq(fusion=True), torch.randint(6, 120, (3, 7))
+    for beams in (1, 3):
+        a, b = (
+            generate(model, src, bos=BOS, eos=EOS, pad=PAD, max_new=10, beams=beams, use_cache=cache)
+            for cache in (True, False)
+        )
+        assert torch.equal(a, b)

@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 from math import exp, factorial
@@ -13,6 +14,7 @@ from objectives import (
     NOISE,
     ORDER,
     SpecialIds,
+    clm_row,
     drop_spans,
     mask_spans,
     mask_tokens,
@@ -61,6 +63,30 @@ def test_worked_example_of_sentinel():
     source, target = sentinel_spans(SIX, np.array([1, 5]), np.array([2, 1]), IDS)
     assert source.tolist() == [106, 6, 109, 110, 7]
     assert target.tolist() == [6, 107, 108, 7, 111, 8]
+
+
+def test_worked_example_of_clm():
+    seed = next(seed for seed in range(100) if len(clm_row(SIX, sample_rng(seed, NOISE, 0), IDS)[0]) == 3)
+    source, target = clm_row(SIX, sample_rng(seed, NOISE, 0), IDS)
+    assert source.tolist() == [5, 106, 107] and target.tolist() == [108, 109, 110, 111]
+
+
+@pytest.mark.parametrize("length", [2, 3, 4, 5, 6, 10, 128, 2048])
+def test_clm_keeps_20_to_80_percent_as_source(length):
+    tokens, cuts = row_of(length, sample_rng(0, ORDER, 0)), []
+    for i in range(2000):
+        source, target = clm_row(tokens, sample_rng(0, NOISE, i), IDS)
+        assert source[0] == IDS.clm and [*source[1:], *target] == tokens.tolist() and len(target) > 0
+        cuts.append(len(source) - 1)
+    least, most = max(1, math.ceil(length * 0.2)), max(1, int(length * 0.8))
+    assert min(cuts) >= least and max(cuts) <= most
+    assert len(set(cuts)) > 0.6 * (most - least + 1)  # all lengths come
+    assert abs(np.mean(cuts) - (least + most) / 2) < 5 * np.std(cuts) / 2000**0.5 + 1e-9
+
+
+def test_clm_of_a_single_token_is_refused():
+    with pytest.raises(ValueError, match="longer rows"):
+        clm_row(SIX[:1], sample_rng(0, NOISE, 0), IDS)
 
 
 def test_no_spans_change_nothing():
