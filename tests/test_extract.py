@@ -1,0 +1,282 @@
+"""Export to and import from transformers, with that library as the judge: same logits, gradients, tokens, ids."""
+
+import builtins
+import json
+import random
+import re
+import resource
+import shutil
+
+import pytest
+import torch
+import transformers
+from conftest import ROWS, SMALL
+
+import eval as evaluation
+import extract
+import train_encoder
+import train_seq2seq
+import trainer
+from data import SAMPLE_TEXT, InputError, load_tokenizer, prepare
+from model import IGNORE, generate
+from objectives import SpecialIds
+
+
+@pytest.fixture(scope="module")
+def twelve(tmp_path_factory):
+    """A data folder of all 12 languages."""
+    folder = tmp_path_factory.mktemp("twelve") / "shards"
+    prepare(SAMPLE_TEXT, folder, vocab_size=3000, valid_fraction=0.2)
+    return folder
+
+
+@pytest.fixture
+def checkpoints(command, twelve, tmp_path):
+    """enc.pt and seq2seq.pt whose every weight is random: no bias at 0, no LayerNorm at 1."""
+    command(train_encoder, "--data", twelve, *SMALL, *ROWS, "--steps", 0, "--out", "enc.pt")
+    command(train_seq2seq, "--data", twelve, *SMALL, *ROWS, "--decoder-layers", 3, "--steps", 0, "--out", "seq2seq.pt")
+    torch.manual_seed(0)
+    for name in ("enc.pt", "seq2seq.pt"):
+        checkpoint = trainer.load_checkpoint(tmp_path / name)
+        weights = {name: x + 0.1 * torch.randn(x.shape) for name, x in checkpoint["weights"].items()}
+        torch.save(checkpoint | {"weights": weights}, tmp_path / name)
+    return tmp_path
+
+
+def padded(n: int, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of unequal length, with <mask> in them: tokens and mask [n, longest]."""
+    src = torch.randint(106, 3000, (n, longest))
+    src[:, 1] = 4
+    mask = torch.arange(longest) < torch.tensor([longest, *range(2, n + 1)])[:, None]
+    return src.masked_fill(~mask, 0), mask
+
+
+def grads(model, kind: str, names) -> dict[str, torch.Tensor]:
+    """Gradients of their model under our names."""
+    theirs = {name: p.grad for name, p in model.named_parameters()}
+    if kind == "encoder":
+        theirs[extract.POSITIONS] = theirs[extract.POSITIONS][1:]
+    return {name: torch.cat([theirs[x] for x in extract._hf_names(kind, name)]) for name in names}
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_an_encoder_is_the_same_model_there(command, checkpoints):
+    command(extract, "enc.pt", "--to-hf", "hf")
+    theirs, info = transformers.XLMRobertaXLForMaskedLM.from_pretrained("hf", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    ours, _ = trainer.load_model(checkpoints / "enc.pt")
+    src, mask = padded(5, 30)
+    close(theirs.eval()(src, attention_mask=mask.long()).logits[mask], ours.logits(src, mask)[mask])
+    labels = torch.where((torch.rand(src.shape) < 0.3) & mask, src, IGNORE)
+    loss = theirs(src, attention_mask=mask.long(), labels=labels).loss
+    loss.backward()
+    mean = ours(src, labels, mask) / (labels != IGNORE).sum()
+    mean.backward()
+    close(loss, mean)
+    for name, grad in grads(theirs, "encoder", dict(ours.named_parameters())).items():
+        close(grad, ours.get_parameter(name).grad)
+
+
+def test_a_seq2seq_model_is_the_same_model_there(command, checkpoints):
+    command(extract, "seq2seq.pt", "--to-hf", "hf")
+    theirs, info = transformers.BlenderbotForConditionalGeneration.from_pretrained("hf", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    ours, _ = trainer.load_model(checkpoints / "seq2seq.pt")
+    src, mask = padded(5, 30)
+    tgt_out, real = padded(5, 20)
+    tgt_in = torch.cat([torch.ones(5, 1, dtype=torch.long), tgt_out[:, :-1]], 1)
+    logits = theirs.eval()(src, attention_mask=mask.long(), decoder_input_ids=tgt_in).logits
+    close(logits, ours.logits(src, tgt_in, mask))
+    tgt_out = tgt_out.masked_fill(~real, IGNORE)
+    loss = theirs(src, attention_mask=mask.long(), decoder_input_ids=tgt_in, labels=tgt_out).loss
+    loss.backward()
+    mean = ours(src, tgt_in, tgt_out, mask) / real.sum()
+    mean.backward()
+    close(loss, mean)
+    for name, grad in grads(theirs, "seq2seq", dict(ours.named_parameters())).items():
+        close(grad, ours.get_parameter(name).grad)
+
+
+@pytest.mark.parametrize("beams, penalty", [(1, 1.0), (2, 1.0), (4, 1.0), (4, 0.0), (3, 2.0)])
+def test_generation_gives_the_same_tokens_there(command, checkpoints, beams, penalty):
+    """Of a model with few pieces in play, so that </s> comes early in some rows and late in others."""
+    path = checkpoints / "seq2seq.pt"
+    checkpoint = trainer.load_checkpoint(path)
+    checkpoint["weights"]["embed.weight"][120:] *= 0.01
+    checkpoint["weights"]["embed.weight"][2] *= 1.5
+    torch.save(checkpoint, path)
+    command(extract, "seq2seq.pt", "--to-hf", "hf")
+    theirs = transformers.BlenderbotForConditionalGeneration.from_pretrained("hf").eval()
+    ours, _ = trainer.load_model(path)
+    src, mask = padded(12, 20)
+    src = torch.where(mask, 2 + src % 118, src)
+    mine = generate(ours, src, mask, bos=1, eos=2, pad=0, max_new=15, beams=beams, length_penalty=penalty)
+    more = dict(num_beams=beams, length_penalty=penalty, do_sample=False) if beams > 1 else dict(do_sample=False)
+    seen = theirs.generate(src, attention_mask=mask.long(), max_new_tokens=15, **more)[:, 1:]
+    # Behind a finished hypothesis their beam search writes </s> again where the id of <pad> is 0: compare up to it.
+    mine, seen = ([row[: row.index(2) + 1] if 2 in row else row for row in x.tolist()] for x in (mine, seen))
+    assert mine == seen
+    assert len({len(row) for row in mine}) > 1 and any(row[-1] == 2 for row in mine)
+
+
+@pytest.mark.parametrize("name", ["enc.pt", "seq2seq.pt"])
+def test_there_and_back_loses_no_bit(command, checkpoints, name):
+    command(extract, name, "--to-hf", "hf")
+    command(extract, "--from-hf", "hf", "--out", "again.pt")
+    before, after = (trainer.load_checkpoint(checkpoints / x) for x in (name, "again.pt"))
+    assert before["weights"].keys() == after["weights"].keys()
+    assert all(torch.equal(x, after["weights"][key]) for key, x in before["weights"].items())
+    assert {key: before[key] for key in before if key != "weights"} == {k: after[k] for k in after if k != "weights"}
+
+
+@pytest.mark.parametrize("family", ["xlm-roberta-xl", "blenderbot"])
+def test_a_model_that_was_made_there(command, checkpoints, family):
+    """Their own initialisation with their own quirks: embeddings of token types, dropout on nothing of ours."""
+    kind = "encoder" if family == "xlm-roberta-xl" else "seq2seq"
+    command(extract, {"encoder": "enc.pt", "seq2seq": "seq2seq.pt"}[kind], "--to-hf", "hf")
+    config = transformers.AutoConfig.from_pretrained("hf")
+    del config.history
+    torch.manual_seed(1)
+    if kind == "encoder":
+        model = transformers.XLMRobertaXLForMaskedLM(config).eval()
+    else:
+        model = transformers.BlenderbotForConditionalGeneration(config).eval()
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn(p.shape)
+    model.save_pretrained("theirs")
+    shutil.copy("hf/tokenizer.model", "theirs")
+    command(extract, "--from-hf", "theirs", "--out", "ours.pt")
+    ours, checkpoint = trainer.load_model(checkpoints / "ours.pt", kind)
+    assert checkpoint["history"] == []
+    src, mask = padded(4, 20)
+    if kind == "encoder":
+        close(model(src, attention_mask=mask.long()).logits[mask], ours.logits(src, mask)[mask])
+        command(evaluation, "ours.pt", "--task", "fill", "the <mask>")
+    else:
+        expected = model(src, attention_mask=mask.long(), decoder_input_ids=src).logits
+        close(expected, ours.logits(src, src, mask))
+
+
+def texts() -> list[str]:
+    """Lines of all 12 languages, and lines put together from random pieces of them."""
+    lines = [line for path in sorted(SAMPLE_TEXT.glob("*.txt")) for line in path.read_text("utf-8").split("\n") if line]
+    rng, all_text = random.Random(0), "".join(lines)
+    cuts = [rng.randrange(len(all_text) - 30) for _ in range(3000)]
+    mixed = ["".join(all_text[at : at + rng.randrange(1, 30)] for at in cuts[k : k + 3]) for k in range(0, 3000, 3)]
+    odd = ["a  b   c ", "tab\there", "😀 ☃ 𝔘nicode", "é é", "<0x41> and <0xE2>", "x" * 300, "\u200bzero", "１２ ﬁ"]
+    return [line for line in lines + mixed + odd if not line.startswith(" ")]
+
+
+def test_the_fast_tokenizer_gives_our_ids(command, checkpoints):
+    command(extract, "enc.pt", "--to-hf", "hf")
+    fast = transformers.AutoTokenizer.from_pretrained("hf")
+    ours = load_tokenizer(trainer.load_checkpoint(checkpoints / "enc.pt")["tokenizer"], "x")
+    lines = texts()
+    assert len(lines) > 3000
+    for line, seen in zip(lines, fast(lines)["input_ids"]):
+        assert seen == [*ours.encode(line), 2], line
+        assert fast.decode(seen, skip_special_tokens=True) == line.replace("▁", " ")
+    ids = SpecialIds(3000)
+    named = ("pad", "bos", "eos", "unk", "mask")
+    assert [getattr(fast, f"{name}_token_id") for name in named] == [getattr(ids, name) for name in named]
+    assert fast.convert_tokens_to_ids(["[CLM]", "<extra_id_0>", "<extra_id_99>"]) == [5, 6, 105]
+    for line in ("the <mask> is dark", "<mask> is dark.", "it is <mask>.", "two <mask> <mask> words", "<mask>"):
+        assert fast(line)["input_ids"] == evaluation.encode_sentence(ours, ids, line)[0].tolist(), line
+    assert set(fast("a line")) == {"input_ids", "attention_mask"} and fast.model_max_length == 32
+
+
+def test_fill_mask_and_generate_work_there(command, checkpoints):
+    for name in ("enc", "seq2seq"):
+        command(extract, f"{name}.pt", "--to-hf", name)
+    ours, checkpoint = trainer.load_model(checkpoints / "enc.pt")
+    tokenizer = load_tokenizer(checkpoint["tokenizer"], "x")
+    ((best, *_),) = evaluation.fill(ours, tokenizer, SpecialIds(3000), "The river is <mask> in winter.")
+    (seen, *_) = transformers.pipeline("fill-mask", "enc")("The river is <mask> in winter.")
+    assert seen["score"] == pytest.approx(best[1], rel=1e-4)
+    assert tokenizer.id_to_piece(seen["token"]).replace("▁", " ") == best[0]
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained("seq2seq")
+    fast = transformers.AutoTokenizer.from_pretrained("seq2seq")
+    out = model.generate(**fast("The river is in winter.", return_tensors="pt"), max_new_tokens=5)
+    assert out.shape[0] == 1 and out[0, 0] == 1 and isinstance(fast.decode(out[0]), str)
+
+
+# Bad input ---------------------------------------------------------------------------------------------------------
+
+
+def refused(command, complaint: str, *arguments: object) -> None:
+    with pytest.raises(InputError, match=re.escape(complaint)):
+        command(extract, *arguments)
+
+
+def test_a_model_with_fusion_is_not_exported(command, checkpoints):
+    command(train_seq2seq, "--init", "enc.pt", "--fusion", "--steps", 0, "--data", checkpoints_data(checkpoints))
+    (checkpoints / "seq2seq.pt").rename(checkpoints / "fused.pt")
+    refused(command, "fused.pt: no model of transformers has attention fusion", "fused.pt", "--to-hf", "hf")
+    assert not (checkpoints / "hf").exists()
+
+
+def checkpoints_data(folder) -> str:
+    (folder / "seq2seq.pt").unlink()
+    shutil.rmtree(folder / "seq2seq.run")
+    return trainer.load_checkpoint(folder / "enc.pt")["history"][0]["settings"]["data"]
+
+
+def test_folders_of_others_are_refused(command, checkpoints):
+    out = ("--out", "x.pt")
+    refused(command, "nowhere/config.json: missing or damaged", "--from-hf", "nowhere", *out)
+    command(extract, "enc.pt", "--to-hf", "hf")
+    refused(command, "hf: exists; give another folder", "seq2seq.pt", "--to-hf", "hf")
+
+    def changed(**values):
+        config = json.loads((checkpoints / "hf" / "config.json").read_text())
+        shutil.rmtree("changed", ignore_errors=True)
+        shutil.copytree("hf", "changed")
+        (checkpoints / "changed" / "config.json").write_text(json.dumps(config | values))
+        return "--from-hf", "changed", *out
+
+    refused(command, "changed: of family bert; only xlm-roberta-xl", *changed(model_type="bert"))
+    refused(command, "changed: 2999 embeddings, but 3000 pieces in its", *changed(vocab_size=2999))
+    refused(command, "changed: its hidden_act is relu, our models have gelu", *changed(hidden_act="relu"))
+    arguments = changed()
+    (checkpoints / "changed" / "tokenizer.model").unlink()
+    refused(command, "changed/tokenizer.model: missing or damaged", *arguments)
+    arguments = changed()
+    (checkpoints / "changed" / "model.safetensors").write_bytes(b"x" * 100)
+    refused(command, "changed: its weights cannot be read", *arguments)
+    assert not (checkpoints / "x.pt").exists()
+
+    arguments = changed(num_hidden_layers=3)
+    refused(command, "changed: 16 tensors are missing or too many", *arguments)
+
+
+def test_a_full_disk_leaves_no_folder(checkpoints, script):
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    full = script("extract.py", "enc.pt", "--to-hf", "hf", preexec_fn=limited)
+    assert full.returncode == 2 and len(full.stderr.splitlines()) == 1, full.stderr
+    assert "cannot be written" in full.stderr and not list(checkpoints.glob("hf*"))
+
+
+def test_arguments_that_make_no_sense(command, checkpoints):
+    refused(command, "name a checkpoint, or a folder with --from-hf; not both")
+    refused(command, "name a checkpoint, or a folder with --from-hf; not both", "enc.pt", "--from-hf", "hf")
+    refused(command, "of kind 'encoder', not seq2seq", "enc.pt")
+    refused(command, "seq2seq.pt: exists", "seq2seq.pt", "--out", "seq2seq.pt")
+    refused(command, "no such file", "nowhere.pt", "--to-hf", "hf")
+
+
+def test_without_transformers_the_pip_command_is_named(command, checkpoints, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *rest):
+        if name == "transformers":
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    refused(command, "need transformers: pip install transformers", "enc.pt", "--to-hf", "hf")
+    assert not list(checkpoints.glob("hf*"))
