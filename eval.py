@@ -4,6 +4,8 @@ python eval.py enc.pt                                            # held-out loss
 python eval.py seq2seq.pt --task loss --data DATA --out results.jsonl
 python eval.py enc.pt --task fill "The river is <mask> in winter."
 python eval.py seq2seq.pt --task generate "The river frozen in winter." --beams 4
+python eval.py fused.pt --task fusion                            # what --fusion made of each encoder layer
+python eval.py enc.pt seq2seq.pt --task cost                     # what they cost, and saved
 """
 
 import argparse
@@ -15,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 import trainer
-from data import TokenData, load_tokenizer, run_command
-from model import generate
+from data import SAMPLE_DATA, TokenData, load_tokenizer, run_command
+from model import PRESETS, ModelConfig, generate
 from objectives import VALID_NOISE, InputError, SpecialIds, sample_rng
 from train_encoder import MLMConfig, encoder_objective
 from train_seq2seq import DenoiseConfig, seq2seq_objective
 
+OBJECTIVES = {"encoder": (MLMConfig, encoder_objective), "seq2seq": (DenoiseConfig, seq2seq_objective)}
 MARK = "\ufdd0"  # stands for <mask> while a sentence is encoded: no text may hold this code point
 
 
@@ -125,12 +128,85 @@ def print_losses(
     print(f"mean            {mean:6.3f} {'':11} {sum(entropies) / len(losses):16.3f}")
 
 
+@torch.no_grad()
+def print_fusion(model: nn.Module, data: TokenData, languages: list[str], objective) -> None:
+    """Mean share of each encoder layer in what the decoder sees, over the source tokens of held-out rows."""
+    print("language  " + " ".join(f"layer {k + 1:2}" for k in range(model.cfg.n_encoder_layers)))
+    for language in languages:
+        batch = trainer.collate(trainer.valid_examples(data, language, objective, at_most=64), data.ids.pad)
+        src, mask = batch["src"].to(trainer.device()), batch.get("src_mask")
+        weights = model.encoder(model.embed(src), None if mask is None else mask.to(src.device), model.fusion.weights)
+        real = torch.ones_like(src, dtype=torch.bool) if mask is None else mask.to(src.device)
+        print(f"{language:8}  " + " ".join(f"{p:8.3f}" for p in weights[:, real].mean(1).tolist()))
+
+
+# Cost --------------------------------------------------------------------------------------------------------------
+
+
+def scratch_flops(kind: str, config: dict, settings: dict, ids: SpecialIds) -> float:
+    """FLOPs of one update of a model of a kind trained from scratch with the given shape and settings."""
+    cfg = ModelConfig(**config) if kind == "seq2seq" else ModelConfig(**config | {"n_decoder_layers": 0})
+    make_config, make = OBJECTIVES[kind]
+    objective = make(ids, trainer.build(make_config, settings))
+    row = torch.full((settings["seq_len"],), ids.ordinary).numpy()
+    n = min(settings["batch_size"], 64)  # a sample: only drop and MLM make every row of the same length
+    examples = [objective(row, sample_rng(0, VALID_NOISE, i)) for i in range(n)]
+    return trainer.batch_flops(cfg, trainer.collate(examples, ids.pad)) * settings["batch_size"] / n
+
+
+def print_cost(paths: list[Path]) -> None:
+    """What every stage behind each checkpoint cost, and what the pair of models in it saved."""
+    for path in paths:
+        checkpoint = trainer.load_checkpoint(path)
+        history, stages = checkpoint["history"], {}
+        print(f"{path}\n  stage        updates          tokens      FLOPs    hours")
+        total = {"stage": "in all"} | {x: sum(s[x] for s in history) for x in ("steps", "tokens", "flops", "seconds")}
+        for stage in [*history, total]:
+            cost = f"{stage['tokens']:15,} {stage['flops']:10.3g} {stage['seconds'] / 3600:8.2f}"
+            print(f"  {stage['stage']:10} {stage['steps']:9,} {cost}")
+            stages.setdefault(stage["stage"], stage)
+        if not {"encoder", "seq2seq"} <= stages.keys():
+            print("  one model so far: nothing to save\n")
+            continue
+        ids, first = SpecialIds(checkpoint["config"]["vocab_size"]), history[0]
+        config = ModelConfig.__dataclass_fields__.keys() & stages["seq2seq"]["settings"].keys()
+        config = {name: stages["seq2seq"]["settings"][name] for name in config}
+        per_update = {x: scratch_flops(x, config, stages[x]["settings"], ids) for x in ("encoder", "seq2seq")}
+        both = first["steps"] * sum(per_update.values())
+        saved = 1 - total["flops"] / both if both else 0.0
+        print(f"  both from scratch at {first['steps']:,} updates each: {both:.3g} FLOPs; saved {saved:.1%}\n")
+    print_paper_saving()
+
+
+def print_paper_saving() -> None:
+    """The saving at the paper's scale for several points of unfreezing, by our count and by the simple one.
+
+    The simple count: a stack's forward is 1, its backward 2, encoder and decoder cost alike, nothing else counts.
+    500k updates of each model from scratch against 500k of the encoder and 350k of the second stage.
+    """
+    shape = {name: value for name, value in PRESETS["paper"].items() if name != "n_decoder_layers"}
+    cfg, enc = (ModelConfig(150_000, max_len=512, n_decoder_layers=n, **shape) for n in (12, 0))
+    noise = round(512 * 0.15)
+    mlm = trainer.train_flops(enc, 1, 512, 0, noise)
+    frozen, unfrozen = (trainer.train_flops(cfg, 1, 512 - noise, 512, 512, frozen) for frozen in (True, False))
+    print("At the paper's shape (rows of 512; 500k updates from scratch each; 350k in the second stage):")
+    print("  --unfreeze-at   saved   saved by the count 'stack forward 1, backward 2'")
+    for at in (0, 0.43, 0.5, 0.57, 1):
+        saved = [
+            1 - (10 * a + 7 * (at * f + (1 - at) * u)) / (10 * (a + u))
+            for a, f, u in ((mlm, frozen, unfrozen), (3, 1 + 3, 3 + 3))
+        ]
+        print(f"  {at:13}  {saved[0]:6.1%}  {saved[1]:6.1%}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="enc.pt or seq2seq.pt")
-    parser.add_argument("text", nargs="?", help="a sentence for fill (with <mask> in it) or generate")
+    parser.add_argument("more", nargs="*", help="a sentence for fill (with <mask>) or generate; checkpoints for cost")
     parser.add_argument(
-        "--task", choices=("loss", "fill", "generate"), help="default: loss, and a sample of each language"
+        "--task",
+        choices=("loss", "fill", "generate", "fusion", "cost"),
+        help="default: loss, and a sample of each language",
     )
     parser.add_argument("--data", type=Path, help="data folder of data.py (default: the one it was trained on)")
     parser.add_argument("--langs", nargs="+", help="languages to evaluate (default: all of the data folder)")
@@ -141,21 +217,25 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     if args.beams < 1:
         raise InputError(f"--beams {args.beams}: it must be at least 1")
-    if (args.text is None) == (args.task in ("fill", "generate")):
-        raise InputError(f"--task {args.task or 'loss'} {'needs a' if args.text is None else 'takes no'} sentence")
-    kind = {"fill": "encoder", "generate": "seq2seq"}.get(args.task)
+    if args.task == "cost":
+        print_cost([args.checkpoint, *map(Path, args.more)])
+        return
+    if len(args.more) != (args.task in ("fill", "generate")):
+        takes = "takes one sentence, in quotes" if args.task in ("fill", "generate") else "takes one checkpoint alone"
+        raise InputError(f"--task {args.task or 'loss'} {takes}")
+    kind = {"fill": "encoder", "generate": "seq2seq", "fusion": "seq2seq"}.get(args.task)
     model, checkpoint = trainer.load_model(args.checkpoint, *([kind] if kind else []))
     model.to(trainer.device())
     kind, tokenizer = checkpoint["kind"], load_tokenizer(checkpoint["tokenizer"], args.checkpoint)
     ids = SpecialIds(tokenizer.vocab_size())
     if args.task == "fill":
-        for k, row in enumerate(fill(model, tokenizer, ids, args.text), 1):
+        for k, row in enumerate(fill(model, tokenizer, ids, args.more[0]), 1):
             print(f"<mask> {k}: " + "  ".join(f"{piece!r} {p:.3f}" for piece, p in row))
         return
     if args.task == "generate":
-        print(show(tokenizer, ids, rebuild(model, ids, encode_sentence(tokenizer, ids, args.text), args.beams)))
+        print(show(tokenizer, ids, rebuild(model, ids, encode_sentence(tokenizer, ids, args.more[0]), args.beams)))
         return
-    settings = {}
+    settings = {"data": str(SAMPLE_DATA), "dtype": "fp32"}  # a model from elsewhere has no history
     for stage in checkpoint["history"]:
         settings |= stage["settings"]
     data = trainer.open_data(args.data or Path(settings["data"]), model.cfg.max_len)
@@ -166,8 +246,13 @@ def main() -> None:
     for language in languages:
         if language not in data.languages:
             raise InputError(f"--langs {language}: not in the data, which has {' '.join(data.languages)}")
-    config, make = {"encoder": (MLMConfig, encoder_objective), "seq2seq": (DenoiseConfig, seq2seq_objective)}[kind]
-    objective = make(ids, trainer.build(config, settings))
+    config, make = OBJECTIVES[kind]
+    objective = make(ids, trainer.build(config, settings | {"clm_fraction": 0.0}))  # so that de-noising losses compare
+    if args.task == "fusion":
+        if not model.cfg.fusion:
+            raise InputError(f"{args.checkpoint}: trained without --fusion, there are no layer weights to show")
+        print_fusion(model, data, languages, objective)
+        return
     print_losses(args, kind, model, data, languages, objective, settings["dtype"])
     if args.task is None:
         print_sample(kind, model, data, languages, objective, args.beams)

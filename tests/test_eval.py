@@ -129,8 +129,12 @@ def test_without_a_task_it_shows_losses_and_samples(command, checkpoints, capsys
         (["enc.pt", "--task", "generate", "x"], "of kind 'encoder', not seq2seq"),
         (["seq2seq.pt", "--task", "fill", "<mask>"], "of kind 'seq2seq', not encoder"),
         (["enc.pt", "--task", "fill", "no hole"], "no <mask> in the sentence"),
-        (["enc.pt", "--task", "fill"], "--task fill needs a sentence"),
-        (["enc.pt", "a sentence"], "takes no sentence"),
+        (["enc.pt", "--task", "fill"], "--task fill takes one sentence, in quotes"),
+        (["enc.pt", "--task", "fill", "no", "quotes"], "--task fill takes one sentence, in quotes"),
+        (["enc.pt", "a sentence"], "--task loss takes one checkpoint alone"),
+        (["enc.pt", "nowhere.pt", "--task", "cost"], "nowhere.pt: no such file"),
+        (["enc.pt", "--task", "fusion"], "of kind 'encoder', not seq2seq"),
+        (["seq2seq.pt", "--task", "fusion"], "seq2seq.pt: trained without --fusion"),
         (["enc.pt", "--task", "fill", "<mask> " * 40], "the model 32 positions; shorten it"),
         (["enc.pt", "--langs", "xx"], "--langs xx: not in the data, which has de en hi"),
         (["enc.pt", "--data", "nowhere"], "nowhere: no meta.json"),
@@ -147,3 +151,68 @@ def test_data_of_another_tokenizer_is_refused(command, checkpoints, text_dir):
     trainer.prepare(text_dir, checkpoints / "other", vocab_size=900, valid_fraction=0.2)
     with pytest.raises(InputError, match="other: its tokenizer is not that of enc.pt"):
         command(evaluation, "enc.pt", "--data", "other")
+
+
+# Fusion and cost ---------------------------------------------------------------------------------------------------
+
+
+def test_fusion_weights_of_each_layer(command, data_dir, checkpoints, capsys):
+    flags = ["--data", data_dir, *ROWS, "--init", "enc.pt", "--fusion", "--unfreeze-at", 1, "--clm-fraction", 0.2]
+    for steps, name in ((0, "new.pt"), (3, "trained.pt")):
+        command(train_seq2seq, *flags, "--lr", 0.3, "--steps", steps, "--out", name)
+        capsys.readouterr()
+        command(evaluation, name, "--task", "fusion", "--langs", "hi", "en")
+        head, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert head[0] == "language" and [row[0] for row in rows] == ["hi", "en"]
+        shares = [[float(x) for x in row[1:]] for row in rows]
+        assert all(len(row) == 2 and sum(row) == pytest.approx(1, abs=2e-3) for row in shares)
+        assert (shares[0] == [0.5, 0.5]) == (steps == 0)
+
+
+def cost(command, capsys, *arguments) -> list[str]:
+    capsys.readouterr()
+    command(evaluation, *arguments, "--task", "cost")
+    return capsys.readouterr().out.splitlines()
+
+
+def test_cost_adds_up_over_the_ancestry(command, data_dir, checkpoints, capsys):
+    """2 + 2 updates, unfrozen after 1: each line is a stage's own; both from scratch cost what training them does."""
+    flags = ["--data", data_dir, *ROWS, "--steps", 2]
+    command(train_seq2seq, *flags, "--init", "enc.pt", "--unfreeze-at", 0.5, "--out", "two.pt")
+    command(train_seq2seq, *flags, *SMALL, "--decoder-layers", 2, "--out", "scratch.pt")
+    flops = {
+        name: [stage["flops"] for stage in trainer.load_checkpoint(checkpoints / name)["history"]]
+        for name in ("enc.pt", "two.pt", "scratch.pt")
+    }
+    assert flops["two.pt"][0] == flops["enc.pt"][0] and flops["two.pt"][1] < 0.95 * flops["scratch.pt"][0]
+    lines = cost(command, capsys, "two.pt")
+    rows = [line.split() for line in lines[2:5]]
+    assert [row[:-4] for row in rows] == [["encoder"], ["seq2seq"], ["in", "all"]]
+    assert [row[-4:-2] for row in rows] == [["2", "256"], ["2", "256"], ["4", "512"]]
+    assert [float(row[-2]) for row in rows] == pytest.approx([*flops["two.pt"], sum(flops["two.pt"])], rel=5e-3)
+    both = flops["enc.pt"][0] + flops["scratch.pt"][0]
+    assert f"both from scratch at 2 updates each: {both:.3g} FLOPs" in lines[5]
+    assert f"saved {1 - sum(flops['two.pt']) / both:.1%}" in lines[5]
+    assert "one model so far" in cost(command, capsys, "scratch.pt")[4]
+
+
+@pytest.mark.parametrize("flags", [["--noise", "sentinel"], ["--noise", "mask"], ["--clm-fraction", 0.5]])
+def test_scratch_cost_of_rows_of_unequal_length(command, data_dir, checkpoints, capsys, flags):
+    """Where lengths vary with the noise the estimate is of a sample: near what training really took."""
+    flags = ["--data", data_dir, "--batch-size", 64, "--seq-len", 32, "--dtype", "fp32", *flags, "--steps", 2]
+    command(train_seq2seq, *flags, "--init", "enc.pt", "--out", "two.pt")
+    first, second = trainer.load_checkpoint(checkpoints / "two.pt")["history"]
+    line = cost(command, capsys, "two.pt")[5]
+    both = float(re.search(r"each: ([^ ]+) FLOPs", line)[1])
+    assert both - first["flops"] == pytest.approx(second["flops"], rel=0.03)
+
+
+def test_the_paper_scale_saving(command, checkpoints, capsys):
+    """The simple count is arithmetic on the stacks alone; the full one is near it and grows with the frozen part."""
+    table = [line.split() for line in cost(command, capsys, "enc.pt")[-5:]]
+    assert [float(row[0]) for row in table] == [0, 0.43, 0.5, 0.57, 1]
+    full, simple = ([float(row[k].rstrip("%")) for row in table] for k in (1, 2))
+    # From scratch 500 * 3 + 500 * 6 = 4500; two stages 1500 + 350 * (4 * at + 6 * (1 - at)).
+    expected = [100 * (1 - (1500 + 350 * (6 - 2 * at)) / 4500) for at in (0, 0.43, 0.5, 0.57, 1)]
+    assert simple == pytest.approx(expected, abs=0.051)
+    assert all(a < b for a, b in zip(full, full[1:])) and all(0 < a - b < 3 for a, b in zip(full, simple))
