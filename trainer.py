@@ -480,7 +480,7 @@ def fit(run: Run, model: nn.Module, objective: Objective, frozen: Callable[[int]
 
     def evaluate_and_save() -> None:
         done = spent["steps"]
-        if done % cfg.eval_every == 0 or done == cfg.steps:
+        if done and (done % cfg.eval_every == 0 or done == cfg.steps):
             log.losses(done, held_out_loss(model, data, data.languages, objective, cfg.dtype, at_most=64))
         if _rank() == 0 and (done % cfg.save_every == 0 or done == cfg.steps):
             state = {"spent": spent, "settings": run.settings, "data": data.fingerprint}

@@ -1,7 +1,7 @@
 import math
 import subprocess
 import sys
-from math import exp, factorial
+from math import exp, lgamma, sqrt
 
 import numpy as np
 import pytest
@@ -87,6 +87,49 @@ def test_clm_keeps_20_to_80_percent_as_source(length):
 def test_clm_of_a_single_token_is_refused():
     with pytest.raises(ValueError, match="longer rows"):
         clm_row(SIX[:1], sample_rng(0, NOISE, 0), IDS)
+
+
+def t5_span_corruption(tokens: np.ndarray, noise: np.ndarray) -> tuple[list[int], list[int]]:
+    """The definition in T5's public preprocessing: in the source each run of noise is one sentinel, in the target each
+    run of the rest is one; sentinels count up on either side. There a row never begins with noise."""
+
+    def sentinel_for_each_run(mask: np.ndarray) -> list[int]:
+        out, n, before = [], 0, False
+        for token, inside in zip(tokens.tolist(), mask.tolist()):
+            if not inside:
+                out.append(token)
+            elif not before:
+                out.append(IDS.sentinel + n)
+                n += 1
+            before = inside
+        return out
+
+    return sentinel_for_each_run(noise), sentinel_for_each_run(~noise)
+
+
+@given(st.integers(2, 500), st.floats(0.05, 0.6), seeds)
+def test_sentinels_are_those_of_t5(length, density, seed):
+    """The same source; the same target, which we always close with a sentinel, T5 only where the row ends in text."""
+    tokens = IDS.ordinary + np.arange(length)
+    starts, span_lengths = sample_spans(length, density, 3.0, sample_rng(seed, NOISE, 0))
+    noise = np.zeros(length, bool)
+    for start, n in zip(starts, span_lengths):
+        noise[start : start + n] = True
+    if noise[0] or len(starts) >= IDS.n_sentinels:
+        return
+    source, target = sentinel_spans(tokens, starts, span_lengths, IDS)
+    t5_source, t5_target = t5_span_corruption(tokens, noise)
+    closing = [IDS.sentinel + len(starts)] if noise[-1] else []
+    assert source.tolist() == t5_source and target.tolist() == t5_target + closing
+
+
+def test_sentinels_of_the_figure_in_the_t5_paper():
+    """Raffel et al. 2020, figure 2: ten words, of which 2 and 3 and then 8 are corrupted: "X for inviting Y last Z"."""
+    words = 200 + np.arange(10)
+    source, target = sentinel_spans(words, np.array([2, 8]), np.array([2, 1]), IDS)
+    x, y, z = 6, 7, 8
+    assert source.tolist() == [200, 201, x, 204, 205, 206, 207, y, 209]
+    assert target.tolist() == [x, 202, 203, y, 208, z]
 
 
 def test_no_spans_change_nothing():
@@ -177,17 +220,32 @@ def test_bad_noise_and_mask_prob_are_refused():
 # Statistics. Bounds are five standard deviations of a correct implementation.
 
 
+def chi_square(seen: np.ndarray, expected: np.ndarray) -> float:
+    """Pearson's statistic in standard deviations from its mean, over bins that expect at least 5."""
+    enough = expected >= 5
+    seen, expected = np.append(seen[enough], seen[~enough].sum()), np.append(expected[enough], expected[~enough].sum())
+    seen, expected = seen[expected > 0], expected[expected > 0]
+    dof = len(seen) - 1
+    return float((((seen - expected) ** 2 / expected).sum() - dof) / sqrt(2 * dof))
+
+
 def test_eighty_ten_ten():
-    tokens = np.full(1000, 500)
-    fates = np.zeros(3)
-    for i in range(200):
-        inputs, labels = mask_tokens(tokens, sample_rng(0, NOISE, i), IDS, 0.5)
+    """A million chosen positions; a random replacement may be the token itself, and each ordinary id is as likely."""
+    tokens, fates, replaced = np.full(2048, 500), np.zeros(3), np.zeros(IDS.vocab_size)
+    n_ordinary = IDS.vocab_size - IDS.ordinary
+    for i in range(1000):
+        inputs, labels = mask_tokens(tokens, sample_rng(0, NOISE, i), IDS, 0.49)
         inputs = inputs[labels != IGNORE]
         fates += [(inputs == IDS.mask).sum(), ((inputs != IDS.mask) & (inputs != 500)).sum(), (inputs == 500).sum()]
-    n = fates.sum()
-    expected = np.array([0.8, 0.1, 0.1])
-    assert n == 100_000
-    assert (abs(fates / n - expected) < 5 * np.sqrt(expected * (1 - expected) / n) + 1e-3).all()
+        replaced += np.bincount(inputs, minlength=IDS.vocab_size)
+    assert fates.sum() == 1000 * round(2048 * 0.49) > 1e6
+    same = 0.1 / n_ordinary
+    assert abs(chi_square(fates, fates.sum() * np.array([0.8, 0.1 - same, 0.1 + same]))) < 5
+    replaced[[IDS.mask, 500]] = 0
+    expected = np.zeros(IDS.vocab_size)
+    expected[IDS.ordinary :] = fates[1] / (n_ordinary - 1)
+    expected[500] = 0
+    assert replaced[: IDS.ordinary].sum() == 0 and abs(chi_square(replaced[106:], expected[106:])) < 5
 
 
 @pytest.mark.parametrize("what", ["mlm", "spans"])
@@ -204,13 +262,32 @@ def test_every_position_is_as_likely(what):
     assert abs(counts / 20_000 - 0.15).max() < 5 * np.sqrt(0.15 * 0.85 / 20_000)
 
 
-def test_span_lengths_follow_the_poisson():
-    """In a long row few spans are cut, at the end of the budget and of the row: allow for those two."""
-    drawn = np.concatenate([sample_spans(2000, 0.15, 3.0, sample_rng(0, NOISE, i))[1] for i in range(300)])
-    k = np.arange(1, 13)
-    expected = np.array([exp(-3) * 3.0**i / factorial(i) for i in k]) / (1 - exp(-3))
-    seen = np.array([(drawn == i).mean() for i in k])
-    assert abs(seen - expected).max() < 5 * np.sqrt(0.25 / len(drawn)) + 2 * 300 / len(drawn)
+@pytest.mark.parametrize("mean", [1.0, 3.0, 7.5])
+def test_span_lengths_follow_the_poisson(mean):
+    """Expected counts worked out exactly: lengths are drawn from a Poisson law without its 0 until the budget is met,
+    the last is cut to it, and the cut of the circle falls between any two neighbouring positions alike."""
+    n_rows, length, top = 400, 2048, 60
+    budget = round(length * 0.15)
+    k = np.arange(1, top)
+    p = np.append(0, np.exp(-mean + k * np.log(mean) - np.array([lgamma(i + 1) for i in k])) / (1 - exp(-mean)))
+    hit = np.zeros(budget + 1)  # P(the lengths drawn so far sum to b)
+    hit[0] = 1
+    for b in range(1, budget + 1):
+        hit[b] = sum(hit[b - j] * p[j] for j in range(1, min(b, top - 1) + 1))
+    drawn = np.array([p[j] * hit[: budget - j + 1].sum() + hit[budget - j] * p[j + 1 :].sum() for j in range(top)])
+    drawn[0] = 0
+    parted = np.array([2 * drawn[j + 1 :].sum() / length - drawn[j] * (j - 1) / length for j in range(1, top)])
+    seen = np.zeros(top)
+    for i in range(n_rows):
+        seen += np.bincount(sample_spans(length, 0.15, mean, sample_rng(0, NOISE, i))[1], minlength=top)
+    assert chi_square(seen[1:], n_rows * (drawn[1:] + parted)) < 4
+
+
+def test_different_keys_give_different_rows():
+    tokens = IDS.ordinary + np.arange(256)
+    rows = {noise_row(tokens, sample_rng(0, NOISE, i), IDS, "mask")[0].tobytes() for i in range(30_000)}
+    rows |= {noise_row(tokens, sample_rng(1, NOISE, i), IDS, "mask")[0].tobytes() for i in range(30_000)}
+    assert len(rows) == 60_000
 
 
 def test_keys_give_distinct_and_repeatable_numbers():

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Recipe 1 on the model trained with one <mask> in place of each span.
+. "$(dirname "$0")/scale.sh"
+after bart-12e12d-mask
+python "$CODE/extract.py" bart-12e12d-mask.pt --out bart-12e12d-mask+enc.pt
+$TORCHRUN "$CODE/train_encoder.py" $SHAPE --init bart-12e12d-mask+enc.pt --steps $MORE --out bart-12e12d-mask+mlm.pt "$@"
+python "$CODE/eval.py" bart-12e12d-mask+mlm.pt --task loss --out results.jsonl

@@ -1,0 +1,33 @@
+# Read by every recipe: what SCALE=demo|mini|paper means. Nothing else differs between the scales.
+#
+#   recipes/roberta-12e.sh                                  # the embedded corpus, 150 updates, minutes on a laptop
+#   SCALE=mini DATA=DATA recipes/roberta-12e.sh             # a data folder of data.py, 2,000 updates
+#   SCALE=paper DATA=DATA TORCHRUN="torchrun --nproc-per-node 8" recipes/roberta-12e.sh
+#
+# Models go to runs/$SCALE. Flags of a recipe are handed on to its training command, after its own: --steps 0 writes
+# the initialised model, --resume goes on.
+set -eu
+
+# From scratch; the second stage, 0.7 of it; the MLM continuation, 1/5 of it. Decoders of 1/6 and 1/12, at least a layer.
+case ${SCALE:=demo} in
+demo) SHAPE="--preset tiny --batch-size 32 --seq-len 128" STEPS=150 SECOND=105 MORE=30 SIXTH=1 TWELFTH=1 ;;
+mini) SHAPE="--preset tiny --batch-size 32 --seq-len 128" STEPS=2000 SECOND=1400 MORE=400 SIXTH=1 TWELFTH=1 ;;
+paper) # 1M tokens a batch
+  SHAPE="--preset paper --batch-size 2048 --micro-batch-size 32 --seq-len 512 --save-every 2000 --eval-every 10000"
+  STEPS=500000 SECOND=350000 MORE=100000 SIXTH=2 TWELFTH=1 ;;
+*) echo "SCALE=$SCALE: it must be demo, mini or paper" >&2 && exit 2 ;;
+esac
+if [ "$SCALE" != demo ] && [ -z "${DATA:-}" ]; then
+  echo "SCALE=$SCALE: name a data folder made by data.py, as DATA=FOLDER" >&2 && exit 2
+fi
+if [ -n "${DATA:-}" ]; then
+  [ -d "$DATA" ] || { echo "DATA=$DATA: no such folder; make it with data.py" >&2 && exit 2; }
+  SHAPE="--data $(cd "$DATA" && pwd) $SHAPE"
+fi
+TORCHRUN=${TORCHRUN:-torchrun}
+CODE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+mkdir -p "$CODE/runs/$SCALE" && cd "$CODE/runs/$SCALE"
+
+after() { # the recipe that this one builds on
+  [ -e "$1.pt" ] || { echo "runs/$SCALE/$1.pt: not there yet; run recipes/$1.sh first" >&2 && exit 2; }
+}

@@ -1,0 +1,131 @@
+"""Every row of the table, from its own script: at demo scale cut to 2 updates, at paper scale with none."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import data
+import eval as evaluation
+import extract
+import train_encoder
+import train_seq2seq
+import trainer
+
+MODULES = {m.__name__: m for m in (evaluation, extract, train_encoder, train_seq2seq)}
+FROM_SCRATCH = ["roberta-12e", "bart-12e12d", "bart-12e12d-mask", "bart-12e2d", "bart-12e2d-mask", "bart-12e1d-mask"]
+MLM = [f"{row}+mlm" for row in FROM_SCRATCH[1:]]
+TWO_STAGE = ["2stage-bart-12e12d", "2stage-bart-12e12d-attn-f", "2stage-bart-12e12d-unfrz"]
+BEYOND = ["t5-12e12d", "2stage-t5-12e12d-unfrz", "2stage-bart-12e12d-unfrz-clm"]
+NARROW = ["--d-model", "32", "--n-heads", "2", "--d-ff", "64"]
+ROWS = FROM_SCRATCH + MLM + TWO_STAGE + BEYOND
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """Runs a recipe with bash; the commands it would start are then run here, in this process and in its folder.
+
+    It stands in for `python` and `torchrun` only: starting 50 processes that import torch would take minutes.
+    """
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    starters = tmp_path / "bin"
+    starters.mkdir()
+    for name in ("python", "torchrun"):
+        (starters / name).write_text(f'#!/bin/sh\nprintf "%s\\n" {name} "$@" "" >> "{tmp_path}/commands"\n')
+        (starters / name).chmod(0o755)
+
+    def run(row: str, *flags: str, **environment: str) -> list[list[str]]:
+        environment = dict(os.environ, PATH=f"{starters}:{os.environ['PATH']}", **environment)
+        line = [str(tmp_path / "recipes" / f"{row}.sh"), *flags]
+        done = subprocess.run(line, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        lines = (tmp_path / "commands").read_text().split("\n\n")
+        (tmp_path / "commands").unlink()
+        commands = [line.split("\n") for line in lines if line]
+        monkeypatch.chdir(tmp_path / "runs" / environment.get("SCALE", "demo"))
+        for _starter, script, *arguments in commands:
+            module = MODULES[Path(script).stem]
+            monkeypatch.setattr(sys, "argv", [module.__file__, *arguments])
+            module.main()
+        return commands
+
+    return run
+
+
+def test_there_is_a_recipe_for_every_row():
+    assert sorted(path.stem for path in (ROOT / "recipes").glob("*.sh")) == sorted([*ROWS, "scale"])
+    for row in ROWS:
+        first, *rest = (ROOT / "recipes" / f"{row}.sh").read_text().splitlines()
+        commands = [line for line in rest if re.match(r"python |\$TORCHRUN ", line)]
+        assert first == "#!/usr/bin/env bash" and rest[0].startswith("# ") and len(commands) == 3, row
+
+
+def test_every_recipe_end_to_end_at_demo_scale(recipe, tmp_path, capsys):
+    kinds = {row: "encoder" if row in [*MLM, "roberta-12e"] else "seq2seq" for row in ROWS}
+    stages = {row: ["seq2seq", "extract", "encoder"] for row in MLM}
+    stages |= {row: ["encoder", "seq2seq"] for row in ROWS if row.startswith("2stage")}
+    for row in ROWS:
+        recipe(row, *NARROW, "--steps", "2", "--batch-size", "4")
+        checkpoint = trainer.load_checkpoint(tmp_path / "runs" / "demo" / f"{row}.pt", kinds[row])
+        assert [stage["stage"] for stage in checkpoint["history"]] == stages.get(row, [kinds[row]]), row
+        assert f"{row}.pt" in capsys.readouterr().out
+    results = (tmp_path / "runs" / "demo" / "results.jsonl").read_text().splitlines()
+    assert len(results) == 12 * len(ROWS)
+
+
+def test_paper_scale_is_the_published_scale(recipe, tmp_path, capsys):
+    """Flags that come after cut the width and the updates; what the script itself asks for is read from its command."""
+    folder = tmp_path / "shards"
+    data.prepare(data.SAMPLE_TEXT, folder, vocab_size=2000, valid_fraction=0.3)
+    asked = {}
+    for row in ROWS:
+        commands = recipe(row, *NARROW, "--steps", "0", SCALE="paper", DATA=str(folder))
+        (train,) = [line for line in commands if line[0] == "torchrun"]
+        asked[row] = dict(zip(train[2::2], train[3::2])) | {"steps": train[train.index("--steps") + 1]}
+        assert asked[row]["--batch-size"] == "2048" and asked[row]["--seq-len"] == "512"  # 1M tokens
+        config = trainer.load_checkpoint(tmp_path / "runs" / "paper" / f"{row}.pt")["config"]
+        depth = (
+            0 if "mlm" in row or "roberta" in row else 1 if "1d" in row else 2 if "2d" in row.replace("12d", "") else 12
+        )
+        assert config["n_encoder_layers"] == 12 and config["n_decoder_layers"] == depth, row
+        assert config["max_len"] == 512 and config["dropout"] == 0.1 and config["fusion"] == row.endswith("attn-f")
+    updates = {row: int(flags["steps"]) for row, flags in asked.items()}
+    assert {updates[row] for row in [*FROM_SCRATCH, "t5-12e12d"]} == {500_000}
+    assert {updates[row] for row in MLM} == {100_000}
+    assert {updates[row] for row in ROWS if row.startswith("2stage")} == {350_000}
+
+
+def test_only_scale_sh_knows_the_scale():
+    for row in ROWS:
+        text = (ROOT / "recipes" / f"{row}.sh").read_text()
+        assert not re.search(r"SCALE|--(preset|batch-size|micro-batch-size|seq-len|data|d-model)", text), row
+        assert set(re.findall(r"--(?:steps|decoder-layers) (\S+)", text)) <= {
+            "$STEPS",
+            "$SECOND",
+            "$MORE",
+            "$SIXTH",
+            "$TWELFTH",
+        }
+        assert "$SHAPE" in text
+
+
+@pytest.mark.parametrize(
+    "environment, row, complaint",
+    [
+        ({}, "2stage-bart-12e12d-unfrz", "runs/demo/roberta-12e.pt: not there yet; run recipes/roberta-12e.sh first"),
+        ({}, "bart-12e2d+mlm", "runs/demo/bart-12e2d.pt: not there yet; run recipes/bart-12e2d.sh first"),
+        ({"SCALE": "huge"}, "roberta-12e", "SCALE=huge: it must be demo, mini or paper"),
+        ({"SCALE": "mini"}, "roberta-12e", "SCALE=mini: name a data folder"),
+        ({"DATA": "nowhere"}, "roberta-12e", "DATA=nowhere: no such folder"),
+    ],
+)
+def test_a_recipe_that_cannot_run_says_why(tmp_path, environment, row, complaint):
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    line = [str(tmp_path / "recipes" / f"{row}.sh")]
+    done = subprocess.run(line, env=dict(os.environ, **environment), capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(complaint) and done.stderr.count("\n") == 1
