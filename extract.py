@@ -134,14 +134,15 @@ def hf_config(cfg: ModelConfig, ids: SpecialIds):
 
 
 def hf_tokenizer(model: bytes, max_len: int):
-    """A fast tokenizer with our ids, for a line of text that does not begin with a space; it closes with </s>."""
+    """A fast tokenizer with our ids and a closing </s>, for a line of text that does not begin with a space.
+
+    As everywhere in transformers, text that spells a special token becomes that token.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
     ours = load_tokenizer(model, "tokenizer")
     ids, pieces = SpecialIds(ours.vocab_size()), [ours.id_to_piece(i) for i in range(ours.vocab_size())]
-    # The trainer makes pieces of text only from ordinary ones; here the others would compete with a score of 0.
-    lowest = min(ours.get_score(i) for i in range(ids.ordinary, ids.vocab_size))
-    scores = [ours.get_score(i) if not (ours.is_control(i) or ours.is_byte(i)) else lowest for i in range(len(pieces))]
+    scores = [ours.get_score(i) for i in range(len(pieces))]
     fast = Tokenizer(models.Unigram(list(zip(pieces, scores)), unk_id=ids.unk, byte_fallback=True))
     fast.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -110,6 +110,7 @@ def test_generation_gives_the_same_tokens_there(command, checkpoints, beams, pen
     torch.save(checkpoint, path)
     command(extract, "seq2seq.pt", "--to-hf", "hf")
     theirs = transformers.BlenderbotForConditionalGeneration.from_pretrained("hf").eval()
+    assert theirs.generation_config.encoder_no_repeat_ngram_size == 0  # their default is 3: no copying of the source
     ours, _ = trainer.load_model(path)
     src, mask = padded(12, 20)
     src = torch.where(mask, 2 + src % 118, src)

@@ -18,6 +18,7 @@ import train_seq2seq
 import trainer
 from data import InputError, TokenData
 from model import IGNORE, PRESETS, MaskedLM, ModelConfig, Seq2Seq
+from objectives import noise_row
 from trainer import TrainConfig, batch_flops, collate, load_checkpoint, rate, save_checkpoint, train_flops
 
 
@@ -108,6 +109,7 @@ def test_causal_rows_are_a_share_of_the_rows(data_dir):
     n, causal = 2000, 0
     for i in range(n):
         plain, mixed = (make(data.row(i), trainer.sample_rng(0, trainer.NOISE, i)) for make in objectives)
+        assert (plain["src"] == noise_row(data.row(i), trainer.sample_rng(0, trainer.NOISE, i), data.ids)[0]).all()
         if mixed["src"][0] == data.ids.clm:
             causal += 1
             assert len(mixed["src"]) + len(mixed["tgt_out"]) == 33 and mixed["tgt_in"][0] == data.ids.bos
