@@ -48,12 +48,23 @@ MAGIC = b"tokens01"
 HEADER = 32  # bytes: the magic, 16 of the tokenizer's sha256, the number of tokens
 
 
+def rank() -> int:
+    """Number of this process among those that torchrun started; 0 alone."""
+    return int(os.environ.get("RANK", 0))
+
+
+def say(line: str) -> None:
+    """Prints a line once, however many processes there are, and leaves a progress bar whole."""
+    if rank() == 0:
+        tqdm.write(line)
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Runs a command's main function; an InputError becomes one line on stderr and exit status 2."""
     try:
         main()
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":  # under torchrun every process finds the same mistake
+        if rank() == 0 or error.of_one_process:  # under torchrun every process finds the same mistake
             print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

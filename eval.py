@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import trainer
+from checkpoint import load_checkpoint, load_model
 from data import SAMPLE_DATA, TokenData, load_tokenizer, run_command
 from model import PRESETS, ModelConfig, generate
 from objectives import VALID_NOISE, InputError, SpecialIds, sample_rng
@@ -157,7 +158,7 @@ def scratch_flops(kind: str, config: dict, settings: dict, ids: SpecialIds) -> f
 def print_cost(paths: list[Path]) -> None:
     """What every stage behind each checkpoint cost, and what the pair of models in it saved."""
     for path in paths:
-        checkpoint = trainer.load_checkpoint(path)
+        checkpoint = load_checkpoint(path)
         history, stages = checkpoint["history"], {}
         print(f"{path}\n  stage        updates          tokens      FLOPs    hours")
         total = {"stage": "in all"} | {x: sum(s[x] for s in history) for x in ("steps", "tokens", "flops", "seconds")}
@@ -224,7 +225,7 @@ def main() -> None:
         takes = "takes one sentence, in quotes" if args.task in ("fill", "generate") else "takes one checkpoint alone"
         raise InputError(f"--task {args.task or 'loss'} {takes}")
     kind = {"fill": "encoder", "generate": "seq2seq", "fusion": "seq2seq"}.get(args.task)
-    model, checkpoint = trainer.load_model(args.checkpoint, *([kind] if kind else []))
+    model, checkpoint = load_model(args.checkpoint, *([kind] if kind else []))
     model.to(trainer.device())
     kind, tokenizer = checkpoint["kind"], load_tokenizer(checkpoint["tokenizer"], args.checkpoint)
     ids = SpecialIds(tokenizer.vocab_size())

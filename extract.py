@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from checkpoint import load_model, save_checkpoint, warm_start
 from data import load_tokenizer, run_command
 from model import MaskedLM, ModelConfig, Seq2Seq
 from objectives import InputError, SpecialIds
-from trainer import load_model, save_checkpoint, warm_start
 
 # Our name of a tensor to theirs: one replacement after the other. KV stands for two tensors, ours holds both.
 HF_NAMES = {

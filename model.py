@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100  # the target of a position that has none
 
@@ -137,11 +138,19 @@ class DecoderBlock(nn.Module):
         return x + self.dropout(self.ffn(self.ffn_norm(x)))  # [B, T, D]
 
 
+def _run(block: nn.Module, checkpointing: bool, *inputs: object) -> Tensor:
+    """The block's output; with checkpointing what it needs for its backward pass is computed again there, not kept."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
+
+
 class Encoder(nn.Module):
     """Embedded tokens to contextual vectors; a final LayerNorm closes the Pre-LN stack."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
+        self.checkpointing = False
         self.positions = nn.Embedding(cfg.max_len, cfg.d_model)
         self.dropout = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(EncoderBlock(cfg) for _ in range(cfg.n_encoder_layers))
@@ -158,7 +167,7 @@ class Encoder(nn.Module):
         mask = None if src_mask is None else src_mask[:, None, None, :]  # [B, 1, 1, S]
         layers = []
         for block in self.blocks:
-            x = block(x, mask)
+            x = _run(block, self.checkpointing, x, mask)
             if fuse is not None:
                 layers.append(x)
         return self.norm(x) if fuse is None else fuse(self.norm(torch.stack(layers)))
@@ -187,6 +196,7 @@ class Decoder(nn.Module):
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
+        self.checkpointing = False
         self.positions = nn.Embedding(cfg.max_len, cfg.d_model)
         self.dropout = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(DecoderBlock(cfg) for _ in range(cfg.n_decoder_layers))
@@ -197,7 +207,7 @@ class Decoder(nn.Module):
         x = self.dropout(embedded + self.positions.weight[start : start + embedded.shape[1]])  # [B, T, D]
         mask = None if src_mask is None else src_mask[:, None, None, :]  # [B, 1, 1, S]
         for i, block in enumerate(self.blocks):
-            x = block(x, enc_out, mask, None if cache is None else cache[i])
+            x = _run(block, self.checkpointing, x, enc_out, mask, None if cache is None else cache[i])
         return self.norm(x)  # [B, T, D]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 import trainer
+from checkpoint import warm_start
 from data import run_command
 from model import MaskedLM, flag
 from objectives import InputError, SpecialIds, mask_tokens
@@ -44,7 +45,7 @@ def main() -> None:
     torch.manual_seed(run.train.seed)
     model = MaskedLM(run.model)
     if run.init:
-        trainer.warm_start(model, run.settings["init"], run.init["weights"])
+        warm_start(model, run.settings["init"], run.init["weights"])
     trainer.fit(run, model, encoder_objective(run.data.ids, run.objective))
 
 

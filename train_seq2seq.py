@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import trainer
+from checkpoint import warm_start
 from data import run_command
 from model import Decoder, ModelConfig, Seq2Seq, flag
 from objectives import InputError, SpecialIds, clm_row, noise_row
@@ -83,7 +84,7 @@ def main() -> None:
         weights = run.init["weights"]
         if own.init_decoder:
             weights = weights | decoder_from_encoder(weights, run.model)
-        trainer.warm_start(model, run.settings["init"], weights)
+        warm_start(model, run.settings["init"], weights)
     objective = seq2seq_objective(run.data.ids, own)
     trainer.fit(run, model, objective, frozen=lambda step: step < own.unfreeze_at * steps)
 

@@ -4,20 +4,24 @@ A run is a function of its settings: sample i and its noise follow from (seed, i
 from the step. So a checkpoint holds weights, optimizer and one integer, and a resumed run repeats the run that was
 not interrupted. Everything about one objective stays in train_encoder.py and train_seq2seq.py.
 
-    enc.pt                  the result, one file to hand on: weights, shape, tokenizer, history of its stages
-    enc.run/state.pt        the newest checkpoint to resume from
-    enc.run/metrics.jsonl   what the progress bar showed, and the held-out losses
+    enc.pt                    the result (checkpoint.py)
+    enc.run/000000500.pt      a checkpoint to resume from, named by its step; the newest --keep of them
+    enc.run/metrics.jsonl     what the progress bar showed, and the held-out losses
+    enc.run/not-finite.json   where a run stopped whose loss was no longer a number
 """
 
 import argparse
 import contextlib
+import fcntl
 import json
 import math
 import os
+import signal
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +32,15 @@ import torch.distributed as dist
 # then live on past its destruction, and now and then one meets the interpreter's end and aborts the process.
 import torch.distributed.nn
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import SAMPLE_DATA, SAMPLE_OPTIONS, SAMPLE_TEXT, TokenData, prepare
-from model import IGNORE, PRESETS, MaskedLM, ModelConfig, Seq2Seq, flag
+from checkpoint import load_checkpoint, save_checkpoint
+from data import SAMPLE_DATA, SAMPLE_OPTIONS, SAMPLE_TEXT, TokenData, prepare, rank, say
+from model import IGNORE, PRESETS, ModelConfig, flag
 from objectives import NOISE, VALID_NOISE, InputError, sample_rng
 
 Example = dict[str, np.ndarray]  # arguments of the model's forward for one row, or for a batch of them
@@ -60,12 +68,20 @@ class TrainConfig:
     save_every: int = flag(500, "steps between checkpoints to resume from; one is written at the end anyway")
     eval_every: int = flag(500, "steps between held-out losses; they are taken at the end anyway")
     log_every: int = flag(10, "steps between lines of metrics.jsonl")
+    keep: int = flag(1, "checkpoints to resume from that are kept, the newest")
+    parallel: str = flag(
+        "ddp", "several processes: each with a whole model, or with a shard of it", choices=("ddp", "fsdp")
+    )
+    activation_checkpointing: bool = flag(False, "keep no activations inside a layer: less memory, a third more time")
+    compile: bool = flag(False, "compile the layers: slower to start, faster after that")
+    workers: int = flag(0, "processes beside each training process that prepare its rows; 0: it does so itself")
+    timeout: int = flag(600, "seconds after which a process that does not answer the others ends the run")
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "seq_len", "save_every", "eval_every", "log_every"):
+        for name in ("batch_size", "seq_len", "save_every", "eval_every", "log_every", "keep", "timeout"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        for name in ("steps", "micro_batch_size", "lr", "embed_lr", "muon_lr", "weight_decay", "seed"):
+        for name in ("steps", "micro_batch_size", "lr", "embed_lr", "muon_lr", "weight_decay", "seed", "workers"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must not be negative")
         if self.seed >= 1 << 64:
@@ -75,83 +91,10 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be in [0, 1]")
 
 
-FREE_ON_RESUME = {"data", "micro_batch_size", "save_every", "eval_every", "log_every"}  # they change no result
-
-
-# Checkpoints -------------------------------------------------------------------------------------------------------
-
-
-def save_checkpoint(path: Path, content: dict) -> None:
-    """Writes to a temporary name, flushes to the disk, renames: at any instant `path` is the old file or the new one.
-
-    Raises InputError when the file cannot be written; what was there before is untouched.
-    """
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)  # the rename itself lives in the folder
-        os.fsync(folder)
-        os.close(folder)
-    except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-        raise InputError(f"{path}: cannot be written ({reason}); make room and use --resume") from None
-
-
-def load_checkpoint(path: Path, *kinds: str) -> dict:
-    """A checkpoint of one of the kinds ("encoder", "seq2seq"), on the CPU.
-
-    Raises InputError for a file that is missing, cut short, of another kind, or holds anything but tensors and plain
-    values: such a file could run code when loaded, and is refused.
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; run the command that writes it first") from None
-    except Exception as error:  # torch raises many kinds for a damaged file
-        unsafe = "weights_only" in str(error).lower() or "unsupported" in str(error).lower()
-        reason = "it holds more than tensors and plain values" if unsafe else "damaged or not a checkpoint"
-        raise InputError(f"{path}: refused, {reason}") from None
-    if not isinstance(checkpoint, dict) or not {"kind", "config", "weights", "tokenizer", "history"} <= set(checkpoint):
-        raise InputError(f"{path}: not a checkpoint of this project")
-    if kinds and checkpoint["kind"] not in kinds:
-        remedy = "take its encoder out with extract.py" if "encoder" in kinds else "train one with train_seq2seq.py"
-        raise InputError(f"{path}: a checkpoint of kind {checkpoint['kind']!r}, not {' or '.join(kinds)}; {remedy}")
-    return checkpoint
-
-
-def load_model(path: Path, *kinds: str) -> tuple[nn.Module, dict]:
-    """The model of a checkpoint, in eval mode, and the checkpoint. Raises InputError as load_checkpoint does."""
-    checkpoint = load_checkpoint(path, *kinds)
-    try:
-        model = {"encoder": MaskedLM, "seq2seq": Seq2Seq}[checkpoint["kind"]](ModelConfig(**checkpoint["config"]))
-        model.load_state_dict(checkpoint["weights"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: its weights do not fit its config ({str(error).splitlines()[0]})") from None
-    return model.eval(), checkpoint
-
-
-def warm_start(model: nn.Module, path: object, weights: dict[str, Tensor]) -> None:
-    """Copies a checkpoint's weights into the model and prints what was loaded, what is new and what was unused.
-
-    A part (embed, encoder, decoder, head ...) is taken whole or not at all, and embed and encoder must be taken: a
-    model that silently lacks half of what it was to start from looks much like one that trains badly. Else InputError.
-    """
-    own = model.state_dict()
-    loaded = [name for name in own if name in weights and own[name].shape == weights[name].shape]
-    rest = {"new": own.keys() - loaded, "unused": weights.keys() - loaded}
-    part = {name: "cross-attention" if ".cross" in name else name.split(".")[0] for name in own | weights}
-    taken = {part[name] for name in loaded}
-    unfit = [name for names in rest.values() for name in sorted(names) if part[name] in taken | {"embed", "encoder"}]
-    if unfit:
-        raise InputError(f"{path}: does not fit this model: {unfit[0]} is missing, of another shape, or one too many")
-    model.load_state_dict({name: weights[name] for name in loaded}, strict=False)
-    for title, names in {"loaded": loaded, **rest}.items():
-        _say(f"{path}: {title} {len(names)} tensors ({', '.join(sorted({part[name] for name in names})) or '-'})")
+# They change no result, at most its rounding.
+FREE_ON_RESUME = {"data", "micro_batch_size", "save_every", "eval_every", "log_every", "keep", "parallel"}
+FREE_ON_RESUME |= {"activation_checkpointing", "compile", "workers", "timeout"}
+MAX_NOT_FINITE = 3  # updates in a row
 
 
 # Settings ----------------------------------------------------------------------------------------------------------
@@ -183,8 +126,12 @@ class Run:
 
 def build(config: type, settings: dict) -> object:
     """A config dataclass from the settings that it has fields for. Raises InputError naming the flag that is off."""
+    given = {f.name: settings[f.name] for f in fields(config) if f.name in settings}
+    for f in fields(config):
+        if f.name in given and not isinstance(given[f.name], (int, float) if f.type is float else f.type):
+            raise InputError(f"--{f.name.replace('_', '-')} {given[f.name]!r}: a {f.type.__name__} is needed")
     try:
-        return config(**{f.name: settings[f.name] for f in fields(config) if f.name in settings})
+        return config(**given)
     except ValueError as error:
         raise InputError(f"--{str(error).replace('_', '-')}") from None
 
@@ -206,7 +153,7 @@ def _parse_flags(description: str, kind: str, configs: list[type]) -> dict:
                 text += "" if f.metadata.get("from_preset") else f" (default {f.default})"
                 more: dict = {"type": type(f.default), "choices": f.metadata.get("choices")}
                 if type(f.default) is bool:
-                    more = {"action": "store_true"}
+                    more = {"action": argparse.BooleanOptionalAction}
                 group.add_argument(f"--{name.replace('_', '-')}", dest=f.name, help=text, **more)
     return vars(parser.parse_args())
 
@@ -223,16 +170,19 @@ def start(description: str, kind: str, objective: type) -> Run:
     defaults = {f.name: f.default for config in configs for f in fields(config)}
     if out.suffix != ".pt":
         raise InputError(f"--out {out}: name it something.pt; what the run keeps goes to something.run")
-    _start_processes()
-    newest, init, state = out.with_suffix(".run") / "state.pt", None, None
+    _start_processes(flags.get("timeout", TrainConfig.timeout))
+    folder, init, state = out.with_suffix(".run"), None, None
+    newest = max(saved(folder), default=folder)
     if resume:
-        if not newest.exists():
-            raise InputError(f"{newest}: nothing to resume; start without --resume")
+        if newest == folder:
+            raise InputError(f"{folder}: nothing to resume; start without --resume")
         state = load_checkpoint(newest, kind)
+        if not {"spent", "settings", "data", "optimizers"} <= state.keys() or not isinstance(state["settings"], dict):
+            raise InputError(f"{newest}: not a checkpoint to resume from; remove it, an older one may be beside it")
         settings = defaults | _resumed(state["settings"], {**(preset or {}), **flags}, newest)
     else:
         for path in (out, newest):
-            if path.exists():
+            if path.is_file():
                 raise InputError(f"{path}: exists; go on with --resume, or give another --out")
         if not out.parent.is_dir():
             raise InputError(f"{out.parent}: no such folder to write {out.name} to; create it")
@@ -280,7 +230,7 @@ def _shape(preset: dict | None, init: dict | None, flags: dict) -> dict:
 def open_data(folder: Path, seq_len: int, seed: int = 0, alpha: float = 0.5) -> TokenData:
     """TokenData of a folder; that of the embedded corpus is made on first use."""
     if folder == SAMPLE_DATA and not (folder / "meta.json").exists():
-        if _rank() == 0:
+        if rank() == 0:
             prepare(SAMPLE_TEXT, folder, **SAMPLE_OPTIONS)
         if dist.is_initialized():
             dist.barrier()
@@ -288,10 +238,6 @@ def open_data(folder: Path, seq_len: int, seed: int = 0, alpha: float = 0.5) -> 
 
 
 # Processes ---------------------------------------------------------------------------------------------------------
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", 0))
 
 
 def _world() -> int:
@@ -304,12 +250,47 @@ def device() -> torch.device:
     return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _start_processes() -> None:
+def _start_processes(timeout: int) -> None:
     """Joins the process group that torchrun describes in the environment; alone, there is none."""
     if _world() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
+
+
+def _shard(model: nn.Module, dtype: str) -> None:
+    """Splits every parameter over the processes (FSDP2): a group for each block, one for all the rest.
+
+    The rest, with the shared embedding, is gathered in fp32: residual stream and norms stay what they are without it.
+    """
+    bf16 = torch.bfloat16 if dtype == "bf16" else None
+    policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in _blocks(model):
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False))
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    return [block for stack in model.children() if hasattr(stack, "blocks") for block in stack.blocks]
+
+
+def _like(x: Tensor, p: Tensor) -> Tensor:
+    """This process's part of a whole tensor, if p is shared by the processes."""
+    if isinstance(p, DTensor) and x.shape == p.shape:
+        return distribute_tensor(x.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
+    return x
+
+
+def _restore(model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict) -> None:
+    """Weights and optimizer state of a checkpoint, whole there, into a model that may be shared by the processes."""
+    own = model.state_dict()
+    model.load_state_dict({name: _like(x, own[name]) for name, x in state["weights"].items()})
+    for optimizer, stored in zip(optimizers, state["optimizers"], strict=True):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for i, of_one in stored["state"].items():
+            stored["state"][i] = {name: _like(x, parameters[i]) for name, x in of_one.items()}
+        optimizer.load_state_dict(stored)
 
 
 def _sum_over_ranks(values: list[float]) -> list[float]:
@@ -370,13 +351,15 @@ def held_out_loss(
     model.eval()
     sums = []
     for language in languages:
-        examples = valid_examples(data, language, objective, at_most)[_rank() :: _world()]
-        loss = 0.0
-        for at in range(0, len(examples), 32):
-            batch = collate(examples[at : at + 32], data.ids.pad)
+        examples = valid_examples(data, language, objective, at_most)
+        mine, loss = examples[rank() :: _world()], 0.0
+        for at in range(0, -(-len(examples) // _world()), 32):
+            # Under FSDP all processes must take part in every pass: one that has no more rows repeats one, unheard.
+            batch = collate(mine[at : at + 32] or examples[:1], data.ids.pad)
             with _autocast(dtype):
-                loss += model(**{name: x.to(device()) for name, x in batch.items()}).item()
-        sums += [loss, n_targets(examples)]
+                part = model(**{name: x.to(device()) for name, x in batch.items()}).item()
+            loss += part if mine[at : at + 32] else 0.0
+        sums += [loss, n_targets(mine)]
     sums = _sum_over_ranks(sums)
     return {language: sums[2 * i] / sums[2 * i + 1] for i, language in enumerate(languages)}
 
@@ -456,118 +439,226 @@ def freeze_encoder(model: nn.Module, frozen: bool) -> None:
 
 
 def fit(run: Run, model: nn.Module, objective: Objective, frozen: Callable[[int], bool] = lambda step: False) -> None:
-    """Trains the model by the run's settings and writes its checkpoint; `frozen(step)` freezes the encoder."""
-    cfg, data = run.train, run.data
-    if cfg.batch_size % _world():
-        raise InputError(f"--batch-size {cfg.batch_size}: not a multiple of the {_world()} processes")
-    for language in data.languages:
-        data.n_valid_rows(language)  # better now than after days of training
-    model.to(device())
-    optimizers = _optimizers(model, cfg)
-    spent = {"steps": 0, "tokens": 0, "flops": 0.0, "seconds": 0.0}
-    if run.state:
-        spent = run.state["spent"]
-        model.load_state_dict(run.state["weights"])
-        for optimizer, state in zip(optimizers, run.state["optimizers"]):
-            optimizer.load_state_dict(state)
-    log, parallel = _Log(run, spent["steps"]), None
+    """Trains the model by the run's settings and writes its checkpoint; `frozen(step)` freezes the encoder.
 
-    def checkpoint() -> dict:
-        weights = {name: x.cpu() for name, x in model.state_dict().items()}
-        history = run.history + [{"stage": run.kind, **spent, "settings": run.settings}]
-        content = {"kind": run.kind, "config": asdict(run.model), "weights": weights, "history": history}
-        return content | {"tokenizer": data.tokenizer_model}
-
-    def evaluate_and_save() -> None:
-        done = spent["steps"]
-        if done and (done % cfg.eval_every == 0 or done == cfg.steps):
-            log.losses(done, held_out_loss(model, data, data.languages, objective, cfg.dtype, at_most=64))
-        if _rank() == 0 and (done % cfg.save_every == 0 or done == cfg.steps):
-            state = {"spent": spent, "settings": run.settings, "data": data.fingerprint}
-            state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-            save_checkpoint(run.folder / "state.pt", checkpoint() | state)
-
-    for step in range(spent["steps"], cfg.steps):
-        began = time.perf_counter()
-        freeze_encoder(model.train(), frozen(step))
-        if parallel is None or (dist.is_initialized() and frozen(step) != frozen(step - 1)):
-            # A live DDP does not see the change: its ranks would drift apart in silence.
-            parallel = DistributedDataParallel(model, gradient_as_bucket_view=True) if dist.is_initialized() else model
-        share = cfg.batch_size // _world()
-        first = step * cfg.batch_size + _rank() * share
-        examples = [objective(data.row(i), sample_rng(cfg.seed, NOISE, i)) for i in range(first, first + share)]
-        loss, norm, flops = _update(run, parallel, optimizers, examples, step, frozen(step))
-        seconds, tokens = time.perf_counter() - began, cfg.batch_size * cfg.seq_len
-        one = {"steps": 1, "tokens": tokens, "flops": flops, "seconds": seconds}
-        spent = {name: spent[name] + one[name] for name in one}
-        log.step(step, loss, norm, cfg.lr * rate(step, cfg), tokens / seconds)
-        evaluate_and_save()
-    if cfg.steps == 0:
-        evaluate_and_save()
-    if _rank() == 0 and not run.out.exists():
-        save_checkpoint(run.out, checkpoint())
-        cost = f"{spent['tokens']:,} tokens, {spent['flops']:.3g} FLOPs, {spent['seconds']:.0f} s of training"
-        _say(f"{run.out}: {cfg.steps} steps, {cost}")
+    SIGTERM and SIGUSR1 end it after the update under way, with a checkpoint to resume from. Raises InputError when
+    the run cannot go on: another one writes there, the loss is no longer a number, another process is gone.
+    """
+    if run.train.batch_size % _world():
+        raise InputError(f"--batch-size {run.train.batch_size}: not a multiple of the {_world()} processes")
+    for language in run.data.languages:
+        run.data.n_valid_rows(language)  # better now than after days of training
+    told_to_stop: list[int] = []
+    before = {number: signal.signal(number, lambda n, _: told_to_stop.append(n)) for number in STOP_SIGNALS}
+    try:
+        with _Log(run) as log:
+            _fit(run, model, objective, frozen, log, told_to_stop)
+    except RuntimeError as error:
+        for sign, meaning in LOST.items():
+            if sign in str(error):
+                lost = InputError(f"process {rank()}: {meaning}; start the run again with --resume")
+                lost.of_one_process = True
+                raise lost from None
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if dist.is_initialized():
-        del parallel  # it holds the group
         dist.destroy_process_group()
 
 
-def _update(
-    run: Run, parallel: nn.Module, optimizers: list, examples: list[Example], step: int, frozen: bool
-) -> tuple[float, float, float]:
-    """One update from this process's examples: (mean loss in nats, gradient norm, FLOPs), all of the global batch.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+LOST = {  # what torch says of it
+    "DataLoader worker": "a process that prepares rows died (out of memory?)",
+    "Connection closed by peer": "another process of the run died",
+    "Connection reset by peer": "another process of the run died",
+    "Timed out": "another process of the run did not answer within --timeout",
+    "timed out": "another process of the run did not answer within --timeout",
+}
 
-    The gradient is that of the mean loss over all targets of the global batch, however the batch is split.
+
+def _fit(
+    run: Run, model: nn.Module, objective: Objective, frozen: Callable[[int], bool], log: "_Log", told_to_stop: list
+) -> None:
+    cfg, data = run.train, run.data
+    model.to(device())
+    for stack in model.children():
+        if hasattr(stack, "blocks"):
+            stack.checkpointing = cfg.activation_checkpointing
+    if cfg.compile:
+        for block in _blocks(model):
+            block.compile()
+    if dist.is_initialized() and cfg.parallel == "fsdp":
+        _shard(model, cfg.dtype)
+    optimizers = _optimizers(model, cfg)
+    spent = {"steps": 0, "tokens": 0, "flops": 0.0, "seconds": 0.0, "skipped": 0}
+    if run.state:
+        spent = spent | run.state["spent"]
+        _restore(model, optimizers, run.state)
+
+    def checkpoint() -> dict:
+        history = run.history + [{"stage": run.kind, **spent, "settings": run.settings}]
+        content = {"kind": run.kind, "config": asdict(run.model), "weights": model.state_dict(), "history": history}
+        return content | {"tokenizer": data.tokenizer_model}
+
+    def save() -> None:
+        state = {"spent": spent, "settings": run.settings, "data": data.fingerprint}
+        state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+        save_checkpoint(run.folder / f"{spent['steps']:09d}.pt", checkpoint() | state)
+        if rank() == 0:
+            for old in saved(run.folder)[: -cfg.keep]:
+                old.unlink()
+
+    wrapped, not_finite = None, []
+    batches = DataLoader(
+        _Batches(run, objective),
+        batch_size=None,
+        sampler=range(spent["steps"], cfg.steps),
+        collate_fn=lambda examples: examples,
+        num_workers=cfg.workers,
+        multiprocessing_context="fork" if cfg.workers else None,
+    )
+    began = time.perf_counter()
+    for step, examples in enumerate(batches, spent["steps"]):
+        freeze_encoder(model.train(), frozen(step))
+        if wrapped is None or frozen(step) != frozen(step - 1):
+            wrapped = _wrap(model)
+        loss, norm, flops, stop = _update(run, wrapped, optimizers, examples, step, frozen(step), bool(told_to_stop))
+        not_finite = [] if math.isfinite(loss) and math.isfinite(norm) else [*not_finite, step]
+        seconds, tokens = time.perf_counter() - began, cfg.batch_size * cfg.seq_len
+        one = {"steps": 1, "tokens": tokens, "flops": flops, "seconds": seconds, "skipped": int(bool(not_finite))}
+        spent = {name: spent[name] + one[name] for name in one}
+        log.step(step, loss, norm, cfg.lr * rate(step, cfg), tokens / seconds)
+        if len(not_finite) == MAX_NOT_FINITE:
+            raise InputError(log.not_finite(not_finite))
+        done = spent["steps"]
+        if done % cfg.eval_every == 0 or done == cfg.steps:
+            log.losses(done, held_out_loss(model, data, data.languages, objective, cfg.dtype, at_most=64))
+        if done % cfg.save_every == 0 or done == cfg.steps or stop:
+            save()
+        if stop and done < cfg.steps:
+            say(f"{run.out}: stopped by a signal after {done} steps, all saved; go on with --resume")
+            return
+        began = time.perf_counter()
+    if cfg.steps == 0 and not run.state:
+        save()
+    if not run.out.exists():
+        if dist.is_initialized():
+            dist.barrier()  # whoever comes late must still see that there was no file
+        save_checkpoint(run.out, checkpoint())
+        cost = f"{spent['tokens']:,} tokens, {spent['flops']:.3g} FLOPs, {spent['seconds']:.0f} s of training"
+        say(f"{run.out}: {cfg.steps} steps, {cost}" + (f", {spent['skipped']} skipped" if spent["skipped"] else ""))
+
+
+class _Batches(Dataset):
+    """Step -> the examples of this process: a function of the step, whoever asks."""
+
+    def __init__(self, run: Run, objective: Objective):
+        self.run, self.objective = run, objective
+
+    def __getitem__(self, step: int) -> list[Example]:
+        cfg, data = self.run.train, self.run.data
+        share = cfg.batch_size // _world()
+        first = step * cfg.batch_size + rank() * share
+        return [self.objective(data.row(i), sample_rng(cfg.seed, NOISE, i)) for i in range(first, first + share)]
+
+
+def _wrap(model: nn.Module) -> nn.Module:
+    """The model, under DDP where there are several whole copies of it.
+
+    Wrapped anew when the encoder freezes or thaws: a live DDP does not see that, and its ranks would drift apart in
+    silence. FSDP2 sees it.
+    """
+    if not dist.is_initialized() or isinstance(model, FSDPModule):
+        return model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+@contextlib.contextmanager
+def _gradients(wrapped: nn.Module, summed: bool) -> Iterator[None]:
+    """Gradients of this backward pass are summed over the processes only if asked for: at the last micro-batch."""
+    if isinstance(wrapped, FSDPModule):
+        wrapped.set_requires_gradient_sync(summed)
+    with wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not summed else contextlib.nullcontext():
+        yield
+
+
+def _update(
+    run: Run, wrapped: nn.Module, optimizers: list, examples: list[Example], step: int, frozen: bool, stop: bool
+) -> tuple[float, float, float, bool]:
+    """One update from this process's examples: (mean loss in nats, gradient norm, FLOPs) of the global batch, and
+    whether any process was told to stop.
+
+    The gradient is that of the mean loss over all targets of the global batch, however the batch is split. Where loss
+    or norm is not a finite number the weights stay as they are: all processes see the same two numbers, so they agree.
     """
     cfg = run.train
-    torch.manual_seed((cfg.seed << 32 ^ step << 8 ^ _rank()) & (1 << 63) - 1)  # dropout
+    torch.manual_seed((cfg.seed << 32 ^ step << 8 ^ rank()) & (1 << 63) - 1)  # dropout
     (all_targets,) = _sum_over_ranks([n_targets(examples)])
     micro = cfg.micro_batch_size or len(examples)
     loss, flops = torch.zeros((), device=device()), 0.0
     for at in range(0, len(examples), micro):
         batch = {name: x.to(device()) for name, x in collate(examples[at : at + micro], run.data.ids.pad).items()}
         flops += batch_flops(run.model, batch, frozen)
-        synchronise = at + micro >= len(examples) or not dist.is_initialized()
-        with contextlib.nullcontext() if synchronise else parallel.no_sync():
+        with _gradients(wrapped, summed=at + micro >= len(examples)):
             with _autocast(cfg.dtype):
-                part = parallel(**batch)
-            (part * (_world() / all_targets)).backward()  # DDP averages over processes: undo that
+                part = wrapped(**batch)
+            (part * (_world() / all_targets)).backward()  # DDP and FSDP average over processes: undo that
         loss += part.detach()
-    norm = nn.utils.clip_grad_norm_(parallel.parameters(), 1.0)
+    norm = nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)
+    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    loss_sum, flops, stops = _sum_over_ranks([loss.item(), flops, float(stop)])
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate(step, cfg)
-        optimizer.step()
+        if math.isfinite(loss_sum) and math.isfinite(norm):
+            optimizer.step()
         optimizer.zero_grad()
-    loss_sum, flops = _sum_over_ranks([loss.item(), flops])
-    return loss_sum / all_targets, float(norm), flops
+    return loss_sum / all_targets, norm, flops, stops > 0
 
 
-def _say(line: str) -> None:
-    if _rank() == 0:
-        tqdm.write(line)
+def saved(folder: Path) -> list[Path]:
+    """The checkpoints to resume from in a run's folder, the newest last."""
+    return sorted(folder.glob("[0-9]" * 9 + ".pt"))
 
 
 class _Log:
-    """Progress bar and metrics.jsonl of rank 0; a resumed run drops the lines that came after its checkpoint."""
+    """Progress bar and metrics.jsonl of rank 0; a resumed run drops the lines that came after its checkpoint.
 
-    def __init__(self, run: Run, done: int):
-        self.run, self.path = run, run.folder / "metrics.jsonl"
-        self.bar = tqdm(total=run.train.steps, initial=done, desc=run.out.name, disable=None if _rank() == 0 else True)
-        if _rank() == 0:
+    Holds a lock on the run's folder, so that no two runs write there. Raises InputError where one does already, or
+    where the folder cannot be written.
+    """
+
+    def __init__(self, run: Run):
+        self.run, self.path, self.lock = run, run.folder / "metrics.jsonl", None
+        done = run.state["spent"]["steps"] if run.state else 0
+        self.bar = tqdm(total=run.train.steps, initial=done, desc=run.out.name, disable=None if rank() == 0 else True)
+        if rank() == 0:
             try:
                 run.folder.mkdir(exist_ok=True)
+                self.lock = open(run.folder / "lock", "w")
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
                 old = self.path.read_text().splitlines() if done and self.path.exists() else []
                 # A line may be torn where the run was killed; the loss of step n is of the update after checkpoint n.
                 lines = [json.loads(line) for line in old if line.endswith("}")]
                 kept = [line for line in lines if line["step"] < done + ("held_out" in line)]
                 self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            except BlockingIOError:
+                self.lock.close()
+                raise InputError(f"{run.folder}: another run writes there; wait, or give another --out") from None
             except OSError as error:
                 raise InputError(f"{self.path}: cannot be written ({error.strerror})") from None
 
+    def __enter__(self) -> "_Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        if self.lock:
+            self.lock.close()
+
     def _write(self, **values: object) -> None:
-        if _rank() == 0:
+        if rank() == 0:
             try:
                 with open(self.path, "a") as file:
                     file.write(json.dumps(values) + "\n")
@@ -576,13 +667,23 @@ class _Log:
 
     def step(self, step: int, loss: float, norm: float, lr: float, speed: float) -> None:
         if step == 0:
-            _say(f"step 0: loss {loss:.3f}, ln V = {math.log(self.run.model.vocab_size):.3f}")
+            say(f"step 0: loss {loss:.3f}, ln V = {math.log(self.run.model.vocab_size):.3f}")
         self.bar.set_postfix_str(f"loss {loss:.3f}, norm {norm:.2f}, lr {lr:.1e}, {speed:,.0f} tokens/s")
         self.bar.update()
         if step % self.run.train.log_every == 0:
             self._write(step=step, loss=loss, grad_norm=norm, lr=lr, tokens_per_second=speed)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            say(f"step {step}: loss {loss}, gradient norm {norm}; skipped, the weights stay as they are")
 
     def losses(self, done: int, losses: dict[str, float]) -> None:
         mean = sum(losses.values()) / len(losses)
         self._write(step=done, held_out=losses, mean=mean)
-        _say(f"step {done}: held-out loss {mean:.3f} ({', '.join(f'{x} {y:.2f}' for x, y in losses.items())})")
+        say(f"step {done}: held-out loss {mean:.3f} ({', '.join(f'{x} {y:.2f}' for x, y in losses.items())})")
+
+    def not_finite(self, steps: list[int]) -> str:
+        """Writes down the samples of these steps; returns what to tell the user."""
+        size, path = self.run.train.batch_size, self.run.folder / "not-finite.json"
+        samples = {step: list(range(step * size, (step + 1) * size)) for step in steps}
+        if rank() == 0:
+            path.write_text(json.dumps({"seed": self.run.train.seed, "samples": samples}) + "\n")
+        return f"{self.run.out}: loss or gradients not finite in steps {steps}; samples in {path}; lower --lr"

@@ -12,6 +12,8 @@ import pytest
 import torch
 from conftest import ROOT
 
+from trainer import saved
+
 LANGUAGES = ["ar", "de", "en", "es", "fr", "hi", "it", "ja", "mr", "pt", "ta", "te"]
 
 
@@ -87,12 +89,12 @@ def test_killed_at_any_moment_and_resumed(checkout):
     line += " --steps 60 --out {}.pt"
     assert run(checkout, line.format("calm")).returncode == 0
     words = [sys.executable, *line.format("killed").split()[1:]]
-    state, kills = checkout / "killed.run" / "state.pt", 0
+    kills = 0
     for patience in (0.0, 0.1, 0.25):
-        resume = ["--resume"] if state.exists() else []
+        before = saved(checkout / "killed.run")
+        resume = ["--resume"] if before else []
         process = subprocess.Popen(words + resume, cwd=checkout, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        before = state.stat().st_mtime_ns if state.exists() else 0
-        while process.poll() is None and (not state.exists() or state.stat().st_mtime_ns == before):
+        while process.poll() is None and saved(checkout / "killed.run") == before:
             time.sleep(0.01)
         time.sleep(patience)
         kills += process.poll() is None
@@ -139,4 +141,4 @@ def test_nothing_needs_more_than_the_four_packages():
             optional = path.name == "extract.py" and id(node) in inside
             extra = {"transformers", "tokenizers", "safetensors"} if optional else set()
             assert {name.split(".")[0] for name in names} <= allowed | extra, f"{path.name}: {names}"
-    assert len(scripts) == 8
+    assert len(scripts) == 9

@@ -10,6 +10,7 @@ import eval as evaluation
 import train_encoder
 import train_seq2seq
 import trainer
+from checkpoint import load_checkpoint, load_model
 from data import InputError, TokenData, load_tokenizer
 from objectives import SpecialIds
 
@@ -73,7 +74,7 @@ def test_losses_of_both_kinds(command, checkpoints, data_dir, capsys):
             assert float(row[2]) == pytest.approx(result["loss"], abs=1e-3)
             assert float(row[3]) == pytest.approx(math.exp(result["loss"]), rel=1e-3)
             assert 3 < float(row[4]) < 7
-    model, _ = trainer.load_model(checkpoints / "seq2seq.pt")
+    model, _ = load_model(checkpoints / "seq2seq.pt")
     data = TokenData(data_dir, 32)
     objective = train_seq2seq.seq2seq_objective(data.ids, train_seq2seq.DenoiseConfig())
     assert results[1]["loss"] == trainer.held_out_loss(model, data, ["en"], objective, "fp32")["en"]
@@ -84,7 +85,7 @@ def test_fill_gives_the_likeliest_pieces(command, checkpoints, tokenizer, ids, c
     command(evaluation, "enc.pt", "--task", "fill", "the <mask> is <mask>")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["<mask> 1", "<mask> 2"]
-    model, _ = trainer.load_model(checkpoints / "enc.pt")
+    model, _ = load_model(checkpoints / "enc.pt")
     src = evaluation.encode_sentence(tokenizer, ids, "the <mask> is <mask>")
     first = int((src[0] == ids.mask).nonzero()[0])
     best = model.logits(src)[0, first].softmax(-1).max()
@@ -96,7 +97,7 @@ def test_generate_rebuilds_what_it_was_taught(command, data_dir, tmp_path, capsy
     """Over-fitted to one sentence, the model gives it back from a damaged copy, greedily and by beam search."""
     torch.manual_seed(0)
     command(train_seq2seq, "--data", data_dir, *SMALL, *ROWS, "--steps", 0)
-    model, checkpoint = trainer.load_model(tmp_path / "seq2seq.pt")
+    model, checkpoint = load_model(tmp_path / "seq2seq.pt")
     clean = evaluation.encode_sentence(tokenizer, ids, "the bread is warm")
     src = evaluation.encode_sentence(tokenizer, ids, "the warm")
     tgt_in = torch.cat([torch.tensor([[ids.bos]]), clean[:, :-1]], 1)
@@ -181,7 +182,7 @@ def test_cost_adds_up_over_the_ancestry(command, data_dir, checkpoints, capsys):
     command(train_seq2seq, *flags, "--init", "enc.pt", "--unfreeze-at", 0.5, "--out", "two.pt")
     command(train_seq2seq, *flags, *SMALL, "--decoder-layers", 2, "--out", "scratch.pt")
     flops = {
-        name: [stage["flops"] for stage in trainer.load_checkpoint(checkpoints / name)["history"]]
+        name: [stage["flops"] for stage in load_checkpoint(checkpoints / name)["history"]]
         for name in ("enc.pt", "two.pt", "scratch.pt")
     }
     assert flops["two.pt"][0] == flops["enc.pt"][0] and flops["two.pt"][1] < 0.95 * flops["scratch.pt"][0]
@@ -201,7 +202,7 @@ def test_scratch_cost_of_rows_of_unequal_length(command, data_dir, checkpoints, 
     """Where lengths vary with the noise the estimate is of a sample: near what training really took."""
     flags = ["--data", data_dir, "--batch-size", 64, "--seq-len", 32, "--dtype", "fp32", *flags, "--steps", 2]
     command(train_seq2seq, *flags, "--init", "enc.pt", "--out", "two.pt")
-    first, second = trainer.load_checkpoint(checkpoints / "two.pt")["history"]
+    first, second = load_checkpoint(checkpoints / "two.pt")["history"]
     line = cost(command, capsys, "two.pt")[5]
     both = float(re.search(r"each: ([^ ]+) FLOPs", line)[1])
     assert both - first["flops"] == pytest.approx(second["flops"], rel=0.03)

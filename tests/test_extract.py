@@ -16,7 +16,7 @@ import eval as evaluation
 import extract
 import train_encoder
 import train_seq2seq
-import trainer
+from checkpoint import load_checkpoint, load_model
 from data import SAMPLE_TEXT, InputError, load_tokenizer, prepare
 from model import IGNORE, generate
 from objectives import SpecialIds
@@ -37,7 +37,7 @@ def checkpoints(command, twelve, tmp_path):
     command(train_seq2seq, "--data", twelve, *SMALL, *ROWS, "--decoder-layers", 3, "--steps", 0, "--out", "seq2seq.pt")
     torch.manual_seed(0)
     for name in ("enc.pt", "seq2seq.pt"):
-        checkpoint = trainer.load_checkpoint(tmp_path / name)
+        checkpoint = load_checkpoint(tmp_path / name)
         weights = {name: x + 0.1 * torch.randn(x.shape) for name, x in checkpoint["weights"].items()}
         torch.save(checkpoint | {"weights": weights}, tmp_path / name)
     return tmp_path
@@ -67,7 +67,7 @@ def test_an_encoder_is_the_same_model_there(command, checkpoints):
     command(extract, "enc.pt", "--to-hf", "hf")
     theirs, info = transformers.XLMRobertaXLForMaskedLM.from_pretrained("hf", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    ours, _ = trainer.load_model(checkpoints / "enc.pt")
+    ours, _ = load_model(checkpoints / "enc.pt")
     src, mask = padded(5, 30)
     close(theirs.eval()(src, attention_mask=mask.long()).logits[mask], ours.logits(src, mask)[mask])
     labels = torch.where((torch.rand(src.shape) < 0.3) & mask, src, IGNORE)
@@ -84,7 +84,7 @@ def test_a_seq2seq_model_is_the_same_model_there(command, checkpoints):
     command(extract, "seq2seq.pt", "--to-hf", "hf")
     theirs, info = transformers.BlenderbotForConditionalGeneration.from_pretrained("hf", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-    ours, _ = trainer.load_model(checkpoints / "seq2seq.pt")
+    ours, _ = load_model(checkpoints / "seq2seq.pt")
     src, mask = padded(5, 30)
     tgt_out, real = padded(5, 20)
     tgt_in = torch.cat([torch.ones(5, 1, dtype=torch.long), tgt_out[:, :-1]], 1)
@@ -104,14 +104,14 @@ def test_a_seq2seq_model_is_the_same_model_there(command, checkpoints):
 def test_generation_gives_the_same_tokens_there(command, checkpoints, beams, penalty):
     """Of a model with few pieces in play, so that </s> comes early in some rows and late in others."""
     path = checkpoints / "seq2seq.pt"
-    checkpoint = trainer.load_checkpoint(path)
+    checkpoint = load_checkpoint(path)
     checkpoint["weights"]["embed.weight"][120:] *= 0.01
     checkpoint["weights"]["embed.weight"][2] *= 1.5
     torch.save(checkpoint, path)
     command(extract, "seq2seq.pt", "--to-hf", "hf")
     theirs = transformers.BlenderbotForConditionalGeneration.from_pretrained("hf").eval()
     assert theirs.generation_config.encoder_no_repeat_ngram_size == 0  # their default is 3: no copying of the source
-    ours, _ = trainer.load_model(path)
+    ours, _ = load_model(path)
     src, mask = padded(12, 20)
     src = torch.where(mask, 2 + src % 118, src)
     mine = generate(ours, src, mask, bos=1, eos=2, pad=0, max_new=15, beams=beams, length_penalty=penalty)
@@ -127,7 +127,7 @@ def test_generation_gives_the_same_tokens_there(command, checkpoints, beams, pen
 def test_there_and_back_loses_no_bit(command, checkpoints, name):
     command(extract, name, "--to-hf", "hf")
     command(extract, "--from-hf", "hf", "--out", "again.pt")
-    before, after = (trainer.load_checkpoint(checkpoints / x) for x in (name, "again.pt"))
+    before, after = (load_checkpoint(checkpoints / x) for x in (name, "again.pt"))
     assert before["weights"].keys() == after["weights"].keys()
     assert all(torch.equal(x, after["weights"][key]) for key, x in before["weights"].items())
     assert {key: before[key] for key in before if key != "weights"} == {k: after[k] for k in after if k != "weights"}
@@ -150,7 +150,7 @@ def test_a_model_that_was_made_there(command, checkpoints, family):
     model.save_pretrained("theirs")
     shutil.copy("hf/tokenizer.model", "theirs")
     command(extract, "--from-hf", "theirs", "--out", "ours.pt")
-    ours, checkpoint = trainer.load_model(checkpoints / "ours.pt", kind)
+    ours, checkpoint = load_model(checkpoints / "ours.pt", kind)
     assert checkpoint["history"] == []
     src, mask = padded(4, 20)
     if kind == "encoder":
@@ -174,7 +174,7 @@ def texts() -> list[str]:
 def test_the_fast_tokenizer_gives_our_ids(command, checkpoints):
     command(extract, "enc.pt", "--to-hf", "hf")
     fast = transformers.AutoTokenizer.from_pretrained("hf")
-    ours = load_tokenizer(trainer.load_checkpoint(checkpoints / "enc.pt")["tokenizer"], "x")
+    ours = load_tokenizer(load_checkpoint(checkpoints / "enc.pt")["tokenizer"], "x")
     lines = texts()
     assert len(lines) > 3000
     for line, seen in zip(lines, fast(lines)["input_ids"]):
@@ -192,7 +192,7 @@ def test_the_fast_tokenizer_gives_our_ids(command, checkpoints):
 def test_fill_mask_and_generate_work_there(command, checkpoints):
     for name in ("enc", "seq2seq"):
         command(extract, f"{name}.pt", "--to-hf", name)
-    ours, checkpoint = trainer.load_model(checkpoints / "enc.pt")
+    ours, checkpoint = load_model(checkpoints / "enc.pt")
     tokenizer = load_tokenizer(checkpoint["tokenizer"], "x")
     ((best, *_),) = evaluation.fill(ours, tokenizer, SpecialIds(3000), "The river is <mask> in winter.")
     (seen, *_) = transformers.pipeline("fill-mask", "enc")("The river is <mask> in winter.")
@@ -222,7 +222,7 @@ def test_a_model_with_fusion_is_not_exported(command, checkpoints):
 def checkpoints_data(folder) -> str:
     (folder / "seq2seq.pt").unlink()
     shutil.rmtree(folder / "seq2seq.run")
-    return trainer.load_checkpoint(folder / "enc.pt")["history"][0]["settings"]["data"]
+    return load_checkpoint(folder / "enc.pt")["history"][0]["settings"]["data"]
 
 
 def test_folders_of_others_are_refused(command, checkpoints):

@@ -15,7 +15,7 @@ import eval as evaluation
 import extract
 import train_encoder
 import train_seq2seq
-import trainer
+from checkpoint import load_checkpoint
 
 MODULES = {m.__name__: m for m in (evaluation, extract, train_encoder, train_seq2seq)}
 FROM_SCRATCH = ["roberta-12e", "bart-12e12d", "bart-12e12d-mask", "bart-12e2d", "bart-12e2d-mask", "bart-12e1d-mask"]
@@ -71,7 +71,7 @@ def test_every_recipe_end_to_end_at_demo_scale(recipe, tmp_path, capsys):
     stages |= {row: ["encoder", "seq2seq"] for row in ROWS if row.startswith("2stage")}
     for row in ROWS:
         recipe(row, *NARROW, "--steps", "2", "--batch-size", "4")
-        checkpoint = trainer.load_checkpoint(tmp_path / "runs" / "demo" / f"{row}.pt", kinds[row])
+        checkpoint = load_checkpoint(tmp_path / "runs" / "demo" / f"{row}.pt", kinds[row])
         assert [stage["stage"] for stage in checkpoint["history"]] == stages.get(row, [kinds[row]]), row
         assert f"{row}.pt" in capsys.readouterr().out
     results = (tmp_path / "runs" / "demo" / "results.jsonl").read_text().splitlines()
@@ -88,7 +88,7 @@ def test_paper_scale_is_the_published_scale(recipe, tmp_path, capsys):
         (train,) = [line for line in commands if line[0] == "torchrun"]
         asked[row] = dict(zip(train[2::2], train[3::2])) | {"steps": train[train.index("--steps") + 1]}
         assert asked[row]["--batch-size"] == "2048" and asked[row]["--seq-len"] == "512"  # 1M tokens
-        config = trainer.load_checkpoint(tmp_path / "runs" / "paper" / f"{row}.pt")["config"]
+        config = load_checkpoint(tmp_path / "runs" / "paper" / f"{row}.pt")["config"]
         depth = (
             0 if "mlm" in row or "roberta" in row else 1 if "1d" in row else 2 if "2d" in row.replace("12d", "") else 12
         )

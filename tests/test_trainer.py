@@ -16,10 +16,11 @@ import extract
 import train_encoder
 import train_seq2seq
 import trainer
+from checkpoint import load_checkpoint, load_model, save_checkpoint, warm_start
 from data import InputError, TokenData
 from model import IGNORE, PRESETS, MaskedLM, ModelConfig, Seq2Seq
 from objectives import noise_row
-from trainer import TrainConfig, batch_flops, collate, load_checkpoint, rate, save_checkpoint, train_flops
+from trainer import TrainConfig, batch_flops, collate, rate, train_flops
 
 
 def weights(path) -> dict[str, torch.Tensor]:
@@ -58,8 +59,8 @@ def test_the_two_recipes(command, data_dir, encoder, tmp_path, capsys):
         assert not any(torch.equal(thawed[name], start[name]) for name in start if name.startswith(part))
 
     command(extract, "seq2seq.pt", "--out", "enc-extracted.pt")
-    seq2seq, _ = trainer.load_model(tmp_path / "seq2seq.pt", "seq2seq")
-    extracted, checkpoint = trainer.load_model(tmp_path / "enc-extracted.pt", "encoder")
+    seq2seq, _ = load_model(tmp_path / "seq2seq.pt", "seq2seq")
+    extracted, checkpoint = load_model(tmp_path / "enc-extracted.pt", "encoder")
     src = torch.randint(106, 1000, (4, 20))
     mask = torch.arange(20) < torch.tensor([20, 3, 7, 1])[:, None]
     assert torch.equal(extracted.encode(src, mask), seq2seq.encode(src, mask))
@@ -145,7 +146,7 @@ def test_resume_is_exact_across_the_unfreeze_step(command, data_dir, encoder, tm
     with pytest.raises(KeyboardInterrupt):
         command(train_seq2seq, *flags, "--out", "cut.pt")
     monkeypatch.setattr(trainer._Log, "step", real)
-    assert not (tmp_path / "cut.pt").exists() and (tmp_path / "cut.run" / "state.pt").exists()
+    assert not (tmp_path / "cut.pt").exists() and trainer.saved(tmp_path / "cut.run")
     command(train_seq2seq, "--out", "cut.pt", "--resume")
     assert same(weights(tmp_path / "cut.pt"), weights(tmp_path / "whole.pt"))
     whole, cut_ = (metrics(tmp_path / f"{name}.run" / "metrics.jsonl") for name in ("whole", "cut"))
@@ -362,7 +363,7 @@ def test_nothing_is_overwritten(command, data_dir, encoder, tmp_path):
     with pytest.raises(InputError, match=r"enc\.pt: exists; go on with --resume, or give another --out"):
         command(train_encoder, "--data", data_dir)
     (tmp_path / "enc.pt").rename(tmp_path / "moved.pt")
-    with pytest.raises(InputError, match=r"state\.pt: exists"):
+    with pytest.raises(InputError, match=r"000000003\.pt: exists"):
         command(train_encoder, "--data", data_dir)
     command(train_seq2seq, "--data", data_dir, *SMALL, *ROWS, "--steps", 0)
     with pytest.raises(InputError, match="exists; give another --out"):
@@ -414,7 +415,7 @@ def test_warm_start_takes_parts_whole_or_not_at_all(encoder, capsys):
         broken = dict(checkpoint["weights"])
         change(broken)
         with pytest.raises(InputError, match="does not fit this model"):
-            trainer.warm_start(model, encoder, broken)
+            warm_start(model, encoder, broken)
 
 
 class Evil:
@@ -446,8 +447,8 @@ def test_weights_that_do_not_fit_their_config_are_refused(encoder):
     checkpoint = load_checkpoint(encoder)
     checkpoint["config"]["n_encoder_layers"] = 5
     torch.save(checkpoint, encoder)
-    with pytest.raises(InputError, match="weights do not fit its config"):
-        trainer.load_model(encoder)
+    with pytest.raises(InputError, match="its parts do not fit each other"):
+        load_model(encoder)
 
 
 def test_a_failed_save_leaves_the_last_good_checkpoint(command, data_dir, tmp_path, script):
@@ -466,7 +467,7 @@ def test_a_failed_save_leaves_the_last_good_checkpoint(command, data_dir, tmp_pa
 def test_a_full_disk_ends_a_run_with_one_line_and_it_can_go_on(data_dir, tmp_path, script):
     flags = ["--data", data_dir, *SMALL, *ROWS, "--steps", 4, "--save-every", 1]
     script("train_encoder.py", *flags, "--out", "whole.pt")
-    size = (tmp_path / "whole.run" / "state.pt").stat().st_size
+    size = trainer.saved(tmp_path / "whole.run")[-1].stat().st_size
 
     def limited():
         resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1000, size - 1000))
