@@ -4,7 +4,8 @@
 
 TEXT_DIR holds <lang>.<ext> or <lang>/*, ext being txt (documents parted by blank lines), jsonl or json (one object a
 line with its text under "text", as mC4 is released), each also .gz or .xz. DATA_DIR gets tokenizer.model, shards
-<lang>.<split>.<number>.bin and, last of all, meta.json: a folder without it is not finished.
+<lang>.<split>.<number>.bin and, last of all, meta.json: a folder without it is not finished. With --part i/n each of
+n machines encodes its share of the files; their shards and metas, in one folder, are the same data.
 
 The stream: languages are sampled in proportion to tokens ** alpha (Soltan et al. 2023: 0.5), rows are packed full and
 documents closed by </s>. Sample i is a pure function of (seed, i).
@@ -17,6 +18,7 @@ import json
 import lzma
 import os
 import random
+import re
 import sys
 import zlib
 from collections import deque
@@ -42,7 +44,7 @@ EXTENSIONS = tuple(f".{kind}{packed}" for kind in ("txt", "jsonl", "json") for p
 TOKENIZER_CHARS = 8_000_000  # characters the tokenizer is trained on, in equal shares of the languages
 BLOCK_BYTES = 1 << 19  # text handed to a worker at a time
 MAX_DOCUMENT = 1 << 20  # bytes; a longer run of lines without a blank one is cut, so that memory stays constant
-MAX_LINE = 1 << 26  # bytes
+MAX_LINE = 1 << 24  # bytes; JSON parsed takes up to 25 times its size
 SHARD_TOKENS = 1 << 28
 MAGIC = b"tokens01"
 HEADER = 32  # bytes: the magic, 16 of the tokenizer's sha256, the number of tokens
@@ -74,14 +76,25 @@ def run_command(main: Callable[[], None]) -> None:
 # Text --------------------------------------------------------------------------------------------------------------
 
 
+def refuse_outside(path: Path, folder: Path) -> None:
+    """Raises InputError if a path in a folder is a symbolic link that leads out of it: a folder may be a stranger's."""
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise InputError(f"{path}: a symbolic link out of {folder}; copy the file there instead")
+
+
 def find_text(folder: Path) -> dict[str, list[Path]]:
-    """The text files of every language in a folder, in a fixed order. Raises InputError if there are none."""
+    """The text files of every language in a folder, in a fixed order.
+
+    Raises InputError if there are none, or for a symbolic link to something outside the folder.
+    """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; it should hold <lang>.txt or <lang>/*.txt (also jsonl, .gz, .xz)")
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        files = [p for p in files if p.name.endswith(EXTENSIONS)]
+        inside = sorted(path.rglob("*")) if path.is_dir() else []
+        for entry in (path, *inside):
+            refuse_outside(entry, folder)
+        files = [p for p in (path, *inside) if p.name.endswith(EXTENSIONS) and p.is_file()]
         if files and not path.name.startswith("."):
             found.setdefault(path.name.split(".")[0], []).extend(files)
     if not found:
@@ -92,7 +105,7 @@ def find_text(folder: Path) -> dict[str, list[Path]]:
 def raw_documents(path: Path, progress: Callable[[int], None] = lambda n: None) -> Iterator[tuple[int, bytes]]:
     """Undecoded documents of a file as (number of the first line, bytes); progress is told of bytes read from disk.
 
-    Raises InputError for a damaged archive or a line over 64 MB.
+    Raises InputError for a damaged archive or a line over 16 MB.
     """
     is_text = ".txt" in path.suffixes
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, lambda raw: raw)
@@ -116,6 +129,8 @@ def raw_documents(path: Path, progress: Callable[[int], None] = lambda n: None) 
                     seen = raw.tell()
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise InputError(f"{path}: a damaged archive after line {number} ({error}); fetch it again") from None
+    except MemoryError:
+        raise InputError(f"{path}: its archive asks for more memory than there is; pack it anew") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     if lines:
@@ -138,7 +153,7 @@ def document_text(path: Path, number: int, raw: bytes) -> str:
         raise InputError(f"{path}:{line}: not UTF-8 (byte {raw[error.start]:#04x}); convert the file") from None
     except UnicodeEncodeError:
         raise InputError(f"{path}:{number}: half a surrogate pair in the text; repair or remove the line") from None
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         raise InputError(f'{path}:{number}: not JSON; each line must be one object with a "text"') from None
     except (KeyError, TypeError):
         raise InputError(f'{path}:{number}: no "text" string in this line\'s object') from None
@@ -318,6 +333,30 @@ def _in_order(n_workers: int, start_worker: tuple, work: Callable, arguments: It
             yield under_way.popleft().result()
 
 
+def _share(text: dict[str, list[Path]], part: int, n_parts: int) -> dict[str, list[Path]]:
+    """The files of a part: consecutive ones, of about as many bytes as any other part's."""
+    sizes = [(language, path, path.stat().st_size) for language, files in text.items() for path in files]
+    total, before, share = max(1, sum(size for *_, size in sizes)), 0, {}
+    for language, path, size in sizes:
+        if (2 * before + size) * n_parts // (2 * total + 1) == part - 1:  # the part that the file's middle falls in
+            share.setdefault(language, []).append(path)
+        before += size
+    return share
+
+
+def _refuse_occupied(data_dir: Path, part: int, n_parts: int) -> None:
+    """Raises InputError if a data folder holds anything but the other parts of the same text."""
+    names = [path.name for path in data_dir.iterdir()] if data_dir.is_dir() else []
+    if n_parts > 1:
+        if mine := [name for name in names if f".{part}of{n_parts}." in name]:
+            raise InputError(
+                f"{data_dir / min(mine)}: there already; remove *.{part}of{n_parts}.* to make the part again"
+            )
+        names = [name for name in names if name != "tokenizer.model" and f"of{n_parts}." not in name]
+    if names or (data_dir.exists() and not data_dir.is_dir()):
+        raise InputError(f"{data_dir}: exists and is not an empty folder; remove it or name another")
+
+
 def prepare(
     text_dir: Path,
     data_dir: Path,
@@ -326,49 +365,48 @@ def prepare(
     valid_fraction: float = 0.01,
     seed: int = 0,
     n_workers: int = 1,
+    part: tuple[int, int] = (1, 1),
 ) -> dict:
-    """Text to tokenizer and shards; returns what it wrote to meta.json. Raises InputError and leaves no meta.json."""
+    """Text to tokenizer and shards; returns what it wrote to meta.json. Raises InputError and leaves no meta.json.
+
+    part: (i, n) encodes the i-th of n shares of the files, with a tokenizer that all the shares have in common.
+    """
     text = find_text(text_dir)
-    if data_dir.exists() and (not data_dir.is_dir() or any(data_dir.iterdir())):
-        raise InputError(f"{data_dir}: exists and is not an empty folder; remove it or name another")
+    _refuse_occupied(data_dir, *part)
+    infix = "" if part[1] == 1 else f".{part[0]}of{part[1]}"
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         model = tokenizer.read_bytes() if tokenizer else train_tokenizer(text, vocab_size, seed)
+        text = _share(text, *part)
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be read or made ({error.strerror}); name another") from None
-    vocab_size = load_tokenizer(model, tokenizer).vocab_size()
-    languages = {}
+    load_tokenizer(model, tokenizer)
+    meta = dict(seed=seed, valid_fraction=valid_fraction, languages={})
     total = sum(path.stat().st_size for files in text.values() for path in files)
     try:
-        (data_dir / "tokenizer.model").write_bytes(model)
+        _write(data_dir / "tokenizer.model", model)
         with tqdm(total=total, unit="B", unit_scale=True, desc="encoding", disable=None) as bar:
             for language, files in text.items():
                 bar.set_postfix_str(language)
-                writers = {split: _ShardWriter(data_dir, f"{language}.{split}", model) for split in ("train", "valid")}
-                counts, totals = np.zeros(vocab_size, np.int64), np.zeros(3, np.int64)
-                start_worker = (model, seed, valid_fraction)
+                writers = {
+                    split: _ShardWriter(data_dir, f"{language}.{split}{infix}", model) for split in ("train", "valid")
+                }
+                totals, start_worker = np.zeros(3, np.int64), (model, seed, valid_fraction)
                 for tokens, *figures in _in_order(n_workers, start_worker, _encode_block, _blocks(files, bar.update)):
                     totals += figures
-                    for split, part in tokens.items():
-                        writers[split].write(part)
-                    if "train" in tokens:
-                        counts += np.bincount(tokens["train"], minlength=vocab_size)
+                    for split, piece in tokens.items():
+                        writers[split].write(piece)
                 for writer in writers.values():
                     writer.close()
-                if not counts.any():
+                if not writers["train"].shards and part[1] == 1:
                     raise InputError(
                         f"{text_dir}: no text for {language!r}, or all of it held out; add text or remove it"
                     )
-                p = counts[counts > 0] / counts.sum()
-                languages[language] = dict(
+                meta["languages"][language] = dict(
                     zip(("documents", "bytes", "words"), totals.tolist()),
-                    unigram_entropy=float(-(p * np.log(p)).sum()),
                     **{split: writer.shards for split, writer in writers.items()},
                 )
-        meta = dict(vocab_size=vocab_size, seed=seed, valid_fraction=valid_fraction, languages=languages)
-        part = data_dir / "meta.json.part"
-        part.write_text(json.dumps(meta, indent=1), "utf-8")
-        part.rename(data_dir / "meta.json")
+        _write(data_dir / f"meta{infix}.json", json.dumps(meta, indent=1).encode())
     except BrokenProcessPool:
         raise InputError(
             f"{data_dir}: a worker process died (out of memory?); remove the folder and try again"
@@ -378,10 +416,57 @@ def prepare(
     return meta
 
 
+def _write(path: Path, content: bytes) -> None:
+    """Writes a whole file or none: other parts may be reading it, or writing the same."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    temporary.rename(path)
+
+
+def read_meta(folder: Path) -> dict:
+    """What data.py wrote about a data folder, the parts of several machines put together in their order.
+
+    Raises InputError for a missing or damaged part, or parts made with different options.
+    """
+    names = sorted(path.name for path in folder.glob("meta*.json"))
+    if not names:
+        raise InputError(
+            f"{folder}: no meta.json in it: not a data folder, or `python data.py` did not finish; "
+            "remove it and run that again"
+        )
+    several = re.fullmatch(r"meta\.[0-9]+of([0-9]{1,4})\.json", names[0])
+    expected = [f"meta.{i}of{several[1]}.json" for i in range(1, int(several[1]) + 1)] if several else ["meta.json"]
+    if missing := [name for name in expected if name not in names]:
+        raise InputError(f"{folder}: no {missing[0]}: run that part of data.py, or copy its files here")
+    if odd := [name for name in names if name not in expected]:
+        raise InputError(f"{folder}: {odd[0]} is not of the same parts as {names[0]}; remove one of them")
+    meta: dict = dict(languages={})
+    for name in expected:
+        try:
+            part = json.loads((folder / name).read_bytes())
+            options = dict(seed=part["seed"], valid_fraction=part["valid_fraction"])
+            for language, entry in part["languages"].items():
+                sums = meta["languages"].setdefault(language, dict(documents=0, bytes=0, words=0, train=[], valid=[]))
+                for key in sums:
+                    sums[key] = sums[key] + entry[key]
+                for shard, n in entry["train"] + entry["valid"]:
+                    if Path(shard).name != shard or type(n) is not int or not 0 < n < 1 << 48:
+                        raise ValueError
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise InputError(f"{folder / name}: damaged; run data.py again") from None
+        if {**options, **meta} != {**meta, **options}:
+            raise InputError(f"{folder / name}: its part has {options}, others not; run it again with theirs")
+        meta.update(options)
+    if not meta["languages"]:
+        raise InputError(f"{folder}: no text in any part of it; run data.py again")
+    return meta
+
+
 def shares(tokens: dict[str, int], alpha: float) -> dict[str, float]:
     """Sampling probability of each language: proportional to tokens ** alpha (Soltan et al. 2023, "Data")."""
     weights = {language: n**alpha for language, n in tokens.items()}
-    return {language: weight / sum(weights.values()) for language, weight in weights.items()}
+    total = sum(weights.values()) or 1  # a part may hold no text
+    return {language: weight / total for language, weight in weights.items()}
 
 
 def n_tokens(meta: dict, split: str) -> dict[str, int]:
@@ -398,7 +483,7 @@ def print_table(meta: dict, alpha: float) -> None:
         tokens = train[language] + valid[language]
         print(
             f"{language:8} {entry['documents']:10,} {train[language]:11,} {valid[language]:11,} {entry['bytes']:13,}"
-            f" {tokens / entry['words']:12.2f} {share[language]:6.1%}"
+            f" {tokens / max(1, entry['words']):12.2f} {share[language]:6.1%}"
         )
 
 
@@ -408,10 +493,11 @@ def print_table(meta: dict, alpha: float) -> None:
 class _Tokens:
     """The tokens of several shards as one sequence, read through memory maps."""
 
-    def __init__(self, folder: Path, shards: list, model: bytes, type_: np.dtype):
-        self.maps = []
+    def __init__(self, folder: Path, shards: list, model: bytes, vocab_size: int):
+        self.folder, self.maps, self.vocab_size, type_ = folder, [], vocab_size, _token_type(vocab_size)
         for name, n in shards:
             path = folder / name
+            refuse_outside(path, folder)
             try:
                 with open(path, "rb") as file:
                     header = file.read(HEADER)
@@ -437,7 +523,12 @@ class _Tokens:
             part = self.maps[shard][start - self.ends[shard] :][:length]
             parts.append(part)
             start, length = start + len(part), length - len(part)
-        return np.concatenate(parts).astype(np.int64)
+        tokens = np.concatenate(parts).astype(np.int64)
+        if len(tokens) and tokens.max() >= self.vocab_size:
+            raise InputError(
+                f"{self.folder}: a shard holds token {tokens.max()}, over the vocabulary; run data.py again"
+            )
+        return tokens
 
 
 class TokenData:
@@ -451,25 +542,24 @@ class TokenData:
     BLOCK = 1024  # samples among which the languages are shuffled
 
     def __init__(self, folder: Path, seq_len: int, seed: int = 0, alpha: float = 0.5):
-        if not (folder / "meta.json").is_file():
-            raise InputError(
-                f"{folder}: no meta.json in it: not a data folder, or `python data.py` did not finish; "
-                "remove it and run that again"
-            )
+        self.meta, path = read_meta(folder), folder / "tokenizer.model"
         try:
-            self.meta = json.loads((folder / "meta.json").read_text("utf-8"))
-            self.tokenizer_model = (folder / "tokenizer.model").read_bytes()
-            self.languages = sorted(self.meta["languages"])
-            type_ = _token_type(self.meta["vocab_size"])
-            train, valid = ({x: self.meta["languages"][x][s] for x in self.languages} for s in ("train", "valid"))
-        except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(f"{folder}: meta.json or tokenizer.model is damaged; run data.py again") from None
-        self.fingerprint = sha256(json.dumps(self.meta, sort_keys=True).encode() + self.tokenizer_model).hexdigest()
-        self.tokenizer = load_tokenizer(self.tokenizer_model, folder / "tokenizer.model")
+            self.tokenizer_model = path.read_bytes()
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror}); run data.py again") from None
+        self.tokenizer = load_tokenizer(self.tokenizer_model, path)
         self.ids = SpecialIds(self.tokenizer.vocab_size())
         self.seq_len, self.seed = seq_len, seed
-        self.train = {x: _Tokens(folder, shards, self.tokenizer_model, type_) for x, shards in train.items()}
-        self.valid = {x: _Tokens(folder, shards, self.tokenizer_model, type_) for x, shards in valid.items()}
+        self.languages = sorted(self.meta["languages"])
+        self.train, self.valid = (
+            {
+                x: _Tokens(folder, self.meta["languages"][x][split], self.tokenizer_model, self.ids.vocab_size)
+                for x in self.languages
+            }
+            for split in ("train", "valid")
+        )
+        sizes = [[x, len(self.train[x]), len(self.valid[x])] for x in self.languages]
+        self.fingerprint = sha256(json.dumps(sizes).encode() + self.tokenizer_model).hexdigest()
         for language, tokens in self.train.items():
             if len(tokens) < seq_len:
                 raise InputError(
@@ -506,6 +596,12 @@ class TokenData:
     def row(self, i: int) -> np.ndarray:  # [L]
         language, row = self.locate(i)
         return self.train[language].read(row * self.seq_len, self.seq_len)
+
+    def unigram_entropy(self, language: str) -> float:
+        """Entropy in nats of a language's token counts (of its first 4M): the loss of a model that ignores context."""
+        tokens = self.train[language].read(0, min(len(self.train[language]), 1 << 22))
+        p = np.unique(tokens, return_counts=True)[1] / len(tokens)
+        return float(-(p * np.log(p)).sum())
 
     def n_valid_rows(self, language: str) -> int:
         """Held-out rows of a language. Raises InputError if there is not one."""
@@ -553,6 +649,9 @@ def main() -> None:
     )
     parser.add_argument("--tokenizer", type=Path, help="use this tokenizer.model instead of training one")
     parser.add_argument(
+        "--part", default="1/1", metavar="I/N", help="encode the I-th of N shares of the files (default %(default)s)"
+    )
+    parser.add_argument(
         "--valid-fraction", type=float, default=0.01, help="share of documents held out (default %(default)s)"
     )
     parser.add_argument(
@@ -568,6 +667,12 @@ def main() -> None:
         raise InputError(f"--alpha {args.alpha}: it must be in [0, 1]")
     if not 0 <= args.seed < 1 << 64:
         raise InputError(f"--seed {args.seed}: it must be from 0 to 2**64 - 1")
+    part = re.fullmatch("([0-9]{1,4})/([0-9]{1,4})", args.part)
+    if not part or not 1 <= int(part[1]) <= int(part[2]):
+        raise InputError(f"--part {args.part}: it must be I/N with I from 1 to N, N at most 9999")
+    args.part = int(part[1]), int(part[2])
+    if args.part[1] > 1 and not args.tokenizer:
+        raise InputError(f"--part {part[0]}: the parts need one tokenizer; add --tokenizer FILE")
     options = vars(args)
     alpha = options.pop("alpha")
     print_table(prepare(**options, n_workers=os.cpu_count() or 1), alpha)

@@ -107,10 +107,11 @@ def print_losses(
     args, kind: str, model: nn.Module, data: TokenData, languages: list[str], objective, dtype: str
 ) -> None:
     losses = trainer.held_out_loss(model, data, languages, objective, dtype)
+    entropies = {language: data.unigram_entropy(language) for language in losses}
     print("language   rows   loss  perplexity  unigram entropy")
     for language, loss in losses.items():
-        entropy = data.meta["languages"][language]["unigram_entropy"]
-        print(f"{language:8} {data.n_valid_rows(language):6} {loss:6.3f} {math.exp(loss):11.1f} {entropy:16.3f}")
+        rows, entropy = data.n_valid_rows(language), entropies[language]
+        print(f"{language:8} {rows:6} {loss:6.3f} {math.exp(loss):11.1f} {entropy:16.3f}")
         if args.out:
             line = {
                 "checkpoint": str(args.checkpoint),
@@ -124,9 +125,8 @@ def print_losses(
                     file.write(json.dumps(line) + "\n")
             except OSError as error:
                 raise InputError(f"{args.out}: cannot be written ({error.strerror}); name another --out") from None
-    entropies = [data.meta["languages"][x]["unigram_entropy"] for x in losses]
     mean = sum(losses.values()) / len(losses)
-    print(f"mean            {mean:6.3f} {'':11} {sum(entropies) / len(losses):16.3f}")
+    print(f"mean            {mean:6.3f} {'':11} {sum(entropies.values()) / len(losses):16.3f}")
 
 
 @torch.no_grad()

@@ -192,6 +192,41 @@ def test_workers_and_shard_size_change_nothing(text_dir, data_dir, tmp_path, mon
     assert all((a.row(i) == b.row(i)).all() for i in range(300))  # rows lie across the edges of shards
 
 
+def test_parts_of_several_machines_are_the_same_data(text_dir, data_dir, tmp_path, capsys):
+    """However many parts, made in any order, in one folder or copied into one: the same rows as of one machine."""
+    for language in ("de", "en", "hi"):  # files to share out, one of them far larger than the others
+        text = (text_dir / f"{language}.txt").read_text("utf-8").split("\n\n")
+        for number, documents in enumerate((text[:1], text[1:2], text[2:])):
+            (tmp_path / "text" / language).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "text" / language / f"{number}.txt").write_text("\n\n".join(documents), "utf-8")
+    whole = TokenData(data_dir, 16)
+    for n in (2, 3, 20):
+        out = tmp_path / f"out{n}"
+        for i in reversed(range(1, n + 1)):
+            part = prepare(tmp_path / "text", out, 0, data_dir / "tokenizer.model", 0.2, part=(i, n))
+            data.print_table(part, 0.5)
+            if i > 1:
+                with pytest.raises(InputError, match=rf"no meta\.1of{n}\.json"):
+                    TokenData(out, 16)
+        with pytest.raises(InputError, match=rf"\.2of{n}\..*: there already; remove \*\.2of{n}\.\* to"):
+            prepare(tmp_path / "text", out, 0, data_dir / "tokenizer.model", 0.2, part=(2, n))
+        split = TokenData(out, 16)
+        assert all((whole.row(i) == split.row(i)).all() for i in range(300))
+        assert all((whole.valid_row(x, 0) == split.valid_row(x, 0)).all() for x in whole.languages)
+        assert whole.fingerprint == split.fingerprint
+        for x in whole.languages:
+            assert all(
+                whole.meta["languages"][x][key] == split.meta["languages"][x][key] for key in ("documents", "words")
+            )
+    entries = [json.loads((tmp_path / "out3" / f"meta.{i}of3.json").read_text())["languages"] for i in (1, 2, 3)]
+    n_bytes = [sum(entry["bytes"] for entry in part.values()) for part in entries]
+    assert min(n_bytes) > 0 and max(n_bytes) < 2 * sum(n_bytes) / 3
+    prepare(tmp_path / "text", tmp_path / "other", 0, data_dir / "tokenizer.model", 0.4, part=(1, 3))
+    shutil.copy(tmp_path / "other" / "meta.1of3.json", tmp_path / "out3")
+    with pytest.raises(InputError, match=r"meta\.2of3\.json: its part has .*0\.2.*, others not"):
+        TokenData(tmp_path / "out3", 16)
+
+
 def test_the_split_follows_the_text_not_its_place(text_dir, data_dir, tmp_path):
     """Each document twice, in files of other names: both copies are on the same side."""
     for name in ("en/a.txt", "en/b.txt"):
@@ -210,13 +245,22 @@ def test_the_table(data_dir, capsys):
     assert lines[2].split()[1] == "15" and 99 < sum(float(line.split()[-1][:-1]) for line in lines[1:]) < 101
 
 
+def test_unigram_entropy(data_dir):
+    tokens = Counter(all_tokens(data_dir, "train")["en"])
+    p = np.array(list(tokens.values())) / sum(tokens.values())
+    assert TokenData(data_dir, 16).unigram_entropy("en") == pytest.approx(-(p * np.log(p)).sum())
+
+
 @pytest.mark.parametrize(
     "damage, complaint",
     [
         (lambda f: (f / "meta.json").unlink(), "no meta.json"),
-        (lambda f: (f / "meta.json").write_text("{"), "is damaged"),
-        (lambda f: (f / "meta.json").write_text("{}"), "is damaged"),
-        (lambda f: (f / "tokenizer.model").unlink(), "is damaged"),
+        (lambda f: (f / "meta.json").write_text("{"), "meta.json: damaged"),
+        (lambda f: (f / "meta.json").write_text("{}"), "meta.json: damaged"),
+        (lambda f: (f / "meta.json").rename(f / "meta.1of2.json"), r"no meta\.2of2\.json: run that part"),
+        (lambda f: shutil.copy(f / "meta.json", f / "meta.1of2.json"), r"no meta\.2of2\.json: run that part"),
+        (lambda f: shutil.copy(f / "meta.json", f / "meta.old.json"), r"meta\.old\.json is not of the same parts"),
+        (lambda f: (f / "tokenizer.model").unlink(), r"tokenizer\.model: cannot be read"),
         (lambda f: (f / "tokenizer.model").write_bytes(b"x"), "not a SentencePiece model"),
         (lambda f: (f / "en.train.000.bin").unlink(), r"en\.train\.000\.bin: cannot be read"),
         (lambda f: (f / "en.train.000.bin").write_bytes(b""), r"en\.train\.000\.bin: not a shard"),
@@ -313,6 +357,9 @@ def test_a_row_depends_on_seed_and_index_alone(data_dir):
         (["text", "full/precious/out"], "full/precious/out: cannot be read or made (Not a directory)"),
         (["text", "out", "--tokenizer", "nowhere"], "nowhere: cannot be read or made"),
         (["text", "out", "--vocab-size", "lots"], "--vocab-size"),
+        (["text", "out", "--part", "3/2"], "--part 3/2: it must be I/N"),
+        (["text", "out", "--part", "2"], "--part 2: it must be I/N"),
+        (["text", "out", "--part", "1/2"], "--part 1/2: the parts need one tokenizer"),
         (["text", "out", "--vocab-size", "900000"], "--vocab-size 900000 does not fit this text"),
     ],
 )
