@@ -1,10 +1,11 @@
 # make demo   environment, then the three commands on the embedded corpus, into demo/
 # make test   environment, then the tests
+# make fuzz   125,000 damaged files into every reader
 
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo test fuzz clean
 
 .venv/ready: requirements.txt tests/requirements.txt
 	$(PYTHON) -m venv .venv
@@ -22,6 +23,9 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest
+
+fuzz: .venv/ready
+	FUZZ=25000 $(BIN)/python -m pytest tests/test_hostile.py -k fuzz
 
 clean:
 	rm -rf .venv demo sample/data

@@ -102,6 +102,8 @@ def load_checkpoint(path: Path, *kinds: str) -> dict:
 def _check_archive(path: Path) -> None:
     """Every byte of the archive against its checksums, which torch.load does not look at; nothing may be compressed."""
     try:
+        if path.exists() and not path.is_file():
+            raise OSError(None, "not a file")
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             packed = any(e.compress_type != zipfile.ZIP_STORED or e.file_size != e.compress_size for e in entries)
@@ -119,8 +121,6 @@ def _check_content(path: Path, checkpoint: dict) -> None:
     """Config, weights, tokenizer and history against each other, before anything is built as large as they claim."""
     try:
         weights, cfg = checkpoint["weights"], ModelConfig(**checkpoint["config"])
-        if max(cfg.n_encoder_layers, cfg.n_decoder_layers) > len(weights):
-            raise ValueError("more layers than tensors")
         _map(checkpoint, _check_tensor)
         with torch.device("meta"):
             own = MODELS[checkpoint["kind"]](cfg).state_dict()
@@ -131,7 +131,11 @@ def _check_content(path: Path, checkpoint: dict) -> None:
                 raise ValueError(f"{name} is {weights[name].dtype}, not float32")
         for stage in checkpoint["history"]:
             numbers = [stage[key] + 0 for key in ("steps", "tokens", "flops", "seconds")]
-            if min(numbers) < 0 or not isinstance(stage["stage"] + "", str) or not isinstance(stage["settings"], dict):
+            if (
+                not all(0 <= number < 1e30 for number in numbers)
+                or not isinstance(stage["stage"] + "", str)
+                or not isinstance(stage["settings"], dict)
+            ):
                 raise ValueError("its history is not one")
         n_pieces = load_tokenizer(checkpoint["tokenizer"], path).vocab_size()
         if n_pieces != cfg.vocab_size:
@@ -139,7 +143,8 @@ def _check_content(path: Path, checkpoint: dict) -> None:
     except InputError:
         raise
     except (ArithmeticError, AttributeError, KeyError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: its parts do not fit each other ({str(error).splitlines()[0][:200]})") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise InputError(f"{path}: its parts do not fit each other ({reason})") from None
 
 
 def _check_tensor(x: Tensor) -> None:

@@ -45,6 +45,7 @@ TOKENIZER_CHARS = 8_000_000  # characters the tokenizer is trained on, in equal 
 BLOCK_BYTES = 1 << 19  # text handed to a worker at a time
 MAX_DOCUMENT = 1 << 20  # bytes; a longer run of lines without a blank one is cut, so that memory stays constant
 MAX_LINE = 1 << 24  # bytes; JSON parsed takes up to 25 times its size
+MAX_MODEL = 1 << 26  # bytes of a tokenizer.model
 SHARD_TOKENS = 1 << 28
 MAGIC = b"tokens01"
 HEADER = 32  # bytes: the magic, 16 of the tokenizer's sha256, the number of tokens
@@ -68,6 +69,12 @@ def run_command(main: Callable[[], None]) -> None:
     except InputError as error:
         if rank() == 0 or error.of_one_process:  # under torchrun every process finds the same mistake
             print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:  # RuntimeError is what torch raises, on a GPU too
+        if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
+            raise
+        name, reason = Path(sys.argv[0]).name, str(error).split("\n")[0][:200]
+        print(f"{name}: out of memory ({reason}); smaller micro-batches or a smaller model need less", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -224,16 +231,27 @@ def train_tokenizer(text: dict[str, list[Path]], vocab_size: int, seed: int) -> 
     return model.getvalue()
 
 
+def read_tokenizer(path: Path) -> bytes:
+    """Raises InputError unless the file can be read and is no larger than a tokenizer may be."""
+    try:
+        if path.stat().st_size <= MAX_MODEL and path.is_file():
+            return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); name a tokenizer.model") from None
+    raise InputError(f"{path}: not a file of at most {MAX_MODEL >> 20} MB; name a tokenizer.model")
+
+
 def load_tokenizer(model: bytes, name: object) -> spm.SentencePieceProcessor:
     """Raises InputError, naming `name`, unless `model` is a SentencePiece model with this project's special ids."""
     tokenizer = spm.SentencePieceProcessor()
     try:
         tokenizer.LoadFromSerializedProto(model)
         ids = SpecialIds(tokenizer.vocab_size())
-        pieces = [tokenizer.id_to_piece(i) for i in (ids.pad, ids.mask, ids.ordinary - 1) if i < ids.vocab_size]
-    except RuntimeError:
+        pieces = tokenizer.id_to_piece(list(range(ids.vocab_size)))  # all of them: some might be no UTF-8
+    except (RuntimeError, UnicodeDecodeError):
         raise InputError(f"{name}: not a SentencePiece model") from None
-    if pieces != ["<pad>", "<mask>", f"<extra_id_{ids.n_sentinels - 1}>"]:
+    special = {ids.pad: "<pad>", ids.mask: "<mask>", ids.ordinary - 1: f"<extra_id_{ids.n_sentinels - 1}>"}
+    if any(pieces[i : i + 1] != [piece] for i, piece in special.items()):
         raise InputError(f"{name}: its special tokens are not this project's; train one with `python data.py`")
     return tokenizer
 
@@ -376,7 +394,7 @@ def prepare(
     infix = "" if part[1] == 1 else f".{part[0]}of{part[1]}"
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        model = tokenizer.read_bytes() if tokenizer else train_tokenizer(text, vocab_size, seed)
+        model = read_tokenizer(tokenizer) if tokenizer else train_tokenizer(text, vocab_size, seed)
         text = _share(text, *part)
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be read or made ({error.strerror}); name another") from None
@@ -443,6 +461,8 @@ def read_meta(folder: Path) -> dict:
     meta: dict = dict(languages={})
     for name in expected:
         try:
+            if (folder / name).stat().st_size > MAX_LINE or not (folder / name).is_file():
+                raise ValueError
             part = json.loads((folder / name).read_bytes())
             options = dict(seed=part["seed"], valid_fraction=part["valid_fraction"])
             for language, entry in part["languages"].items():
@@ -499,9 +519,11 @@ class _Tokens:
             path = folder / name
             refuse_outside(path, folder)
             try:
+                if not path.is_file():  # a pipe would wait for ever
+                    raise FileNotFoundError(None, "no such file")
+                size = path.stat().st_size
                 with open(path, "rb") as file:
                     header = file.read(HEADER)
-                size = path.stat().st_size
             except OSError as error:
                 raise InputError(f"{path}: cannot be read ({error.strerror}); run data.py again") from None
             if header[:8] != MAGIC or header[8:24] != _header(model, n)[8:24]:
@@ -543,10 +565,8 @@ class TokenData:
 
     def __init__(self, folder: Path, seq_len: int, seed: int = 0, alpha: float = 0.5):
         self.meta, path = read_meta(folder), folder / "tokenizer.model"
-        try:
-            self.tokenizer_model = path.read_bytes()
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror}); run data.py again") from None
+        refuse_outside(path, folder)
+        self.tokenizer_model = read_tokenizer(path)
         self.tokenizer = load_tokenizer(self.tokenizer_model, path)
         self.ids = SpecialIds(self.tokenizer.vocab_size())
         self.seq_len, self.seed = seq_len, seed

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import load_model, save_checkpoint, warm_start
-from data import load_tokenizer, run_command
+from data import load_tokenizer, read_tokenizer, run_command
 from model import MaskedLM, ModelConfig, Seq2Seq
 from objectives import InputError, SpecialIds
 
@@ -209,11 +209,10 @@ def from_hf(folder: Path) -> dict:
     """The checkpoint of a folder of one of the two families. Raises InputError for any other, naming what differs."""
     hf = _transformers()
     try:
-        config = hf.AutoConfig.from_pretrained(folder, local_files_only=True)
-        tokenizer = (folder / "tokenizer.model").read_bytes()
-    except (OSError, ValueError) as error:
-        missing = next((x for x in ("config.json", "tokenizer.model") if not (folder / x).is_file()), "config.json")
-        raise InputError(f"{folder / missing}: missing or damaged ({str(error).splitlines()[0]})") from None
+        config = hf.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # of several libraries' own kinds
+        raise InputError(f"{folder / 'config.json'}: missing or damaged ({str(error).splitlines()[0]})") from None
+    tokenizer = read_tokenizer(folder / "tokenizer.model")
     if config.model_type == "xlm-roberta-xl":
         kind, load = "encoder", hf.XLMRobertaXLForMaskedLM
         shape = dict(d_model=config.hidden_size, n_heads=config.num_attention_heads, d_ff=config.intermediate_size)
@@ -234,7 +233,8 @@ def from_hf(folder: Path) -> dict:
         if name not in ("transformers_version", "architectures", "dtype") and getattr(config, name, None) != value:
             raise InputError(f"{folder}: its {name} is {getattr(config, name, None)}, our models have {value}")
     try:
-        model, seen = load.from_pretrained(folder, local_files_only=True, dtype=torch.float32, output_loading_info=True)
+        options = dict(local_files_only=True, use_safetensors=True, output_loading_info=True)  # no pickles
+        model, seen = load.from_pretrained(folder, dtype=torch.float32, **options)
     except Exception as error:  # of several libraries' own kinds
         raise InputError(f"{folder}: its weights cannot be read ({str(error).splitlines()[0]})") from None
     if off := sorted(str(x) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for x in seen[key]):

@@ -46,6 +46,9 @@ class ModelConfig:
         for name in ("vocab_size", "d_model", "n_heads", "d_ff", "n_encoder_layers", "max_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        for name in ("n_encoder_layers", "n_decoder_layers"):
+            if getattr(self, name) > 1000:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at most 1000")
         if self.n_decoder_layers < 0:
             raise ValueError(f"n_decoder_layers is {self.n_decoder_layers}: it must be 0 or more")
         if self.d_model % self.n_heads:

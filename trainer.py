@@ -177,8 +177,7 @@ def start(description: str, kind: str, objective: type) -> Run:
         if newest == folder:
             raise InputError(f"{folder}: nothing to resume; start without --resume")
         state = load_checkpoint(newest, kind)
-        if not {"spent", "settings", "data", "optimizers"} <= state.keys() or not isinstance(state["settings"], dict):
-            raise InputError(f"{newest}: not a checkpoint to resume from; remove it, an older one may be beside it")
+        _check_state(newest, state)
         settings = defaults | _resumed(state["settings"], {**(preset or {}), **flags}, newest)
     else:
         for path in (out, newest):
@@ -193,8 +192,6 @@ def start(description: str, kind: str, objective: type) -> Run:
         settings["max_len"] = settings["max_len"] or settings["seq_len"]
         settings["lr"] = settings["lr"] or 0.016 / math.sqrt(settings["d_model"])
         settings["embed_lr"] = settings["embed_lr"] or 3 * settings["lr"]
-    if settings["seq_len"] > settings["max_len"]:
-        raise InputError(f"--seq-len {settings['seq_len']}: the model has {settings['max_len']} positions; lower it")
     train = build(TrainConfig, settings)
     data = open_data(Path(settings["data"]), settings["seq_len"], settings["seed"], settings["alpha"])
     if state and state["data"] != data.fingerprint:
@@ -203,7 +200,23 @@ def start(description: str, kind: str, objective: type) -> Run:
         raise InputError(f"{settings['data']}: its tokenizer is not that of {settings['init']}; use --tokenizer there")
     settings["vocab_size"] = data.ids.vocab_size
     model, own = build(ModelConfig, settings), build(objective, settings)
+    if train.seq_len > model.max_len:
+        raise InputError(f"--seq-len {train.seq_len}: the model has {model.max_len} positions; lower it")
+    if state and state["config"] != asdict(model):
+        raise InputError(f"{newest}: its model is not what its settings say; remove it, an older one may be beside it")
     return Run(kind, out, settings, train, model, own, data, init, state)
+
+
+def _check_state(path: Path, state: dict) -> None:
+    """Raises InputError unless a checkpoint has what a run goes on from; weights and config were checked before."""
+    try:
+        numbers = [state["spent"][name] for name in ("steps", "tokens", "flops", "seconds", "skipped")]
+        sound = all(0 <= number < 1e30 for number in numbers) and type(numbers[0]) is int
+        sound &= numbers[0] <= state["settings"]["steps"] and {"data", "optimizers"} <= state.keys()
+    except (AttributeError, KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise InputError(f"{path}: not a checkpoint to resume from; remove it, an older one may be beside it")
 
 
 def _resumed(stored: dict, flags: dict, newest: Path) -> dict:
@@ -282,15 +295,31 @@ def _like(x: Tensor, p: Tensor) -> Tensor:
     return x
 
 
-def _restore(model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict) -> None:
-    """Weights and optimizer state of a checkpoint, whole there, into a model that may be shared by the processes."""
+STATE = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.Muon: {"momentum_buffer"}}
+
+
+def _restore(model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict, path: Path) -> None:
+    """Weights and optimizer state of a checkpoint, whole there, into a model that may be shared by the processes.
+
+    Raises InputError where the optimizer state does not fit the weights.
+    """
     own = model.state_dict()
     model.load_state_dict({name: _like(x, own[name]) for name, x in state["weights"].items()})
-    for optimizer, stored in zip(optimizers, state["optimizers"], strict=True):
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for i, of_one in stored["state"].items():
-            stored["state"][i] = {name: _like(x, parameters[i]) for name, x in of_one.items()}
-        optimizer.load_state_dict(stored)
+    try:
+        for optimizer, stored in zip(optimizers, state["optimizers"], strict=True):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for i, of_one in stored.items():
+                if of_one.keys() != STATE[type(optimizer)] or {x.shape for x in of_one.values()} - {
+                    parameters[i].shape,
+                    (),
+                }:
+                    raise ValueError
+                stored[i] = {name: _like(x, parameters[i]) for name, x in of_one.items()}
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": stored})
+    except (AttributeError, IndexError, TypeError, ValueError):
+        raise InputError(
+            f"{path}: its optimizer state does not fit its weights; remove it, an older one may be there"
+        ) from None
 
 
 def _sum_over_ranks(values: list[float]) -> list[float]:
@@ -494,7 +523,7 @@ def _fit(
     spent = {"steps": 0, "tokens": 0, "flops": 0.0, "seconds": 0.0, "skipped": 0}
     if run.state:
         spent = spent | run.state["spent"]
-        _restore(model, optimizers, run.state)
+        _restore(model, optimizers, run.state, run.folder)
 
     def checkpoint() -> dict:
         history = run.history + [{"stage": run.kind, **spent, "settings": run.settings}]
@@ -503,7 +532,7 @@ def _fit(
 
     def save() -> None:
         state = {"spent": spent, "settings": run.settings, "data": data.fingerprint}
-        state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+        state["optimizers"] = [optimizer.state_dict()["state"] for optimizer in optimizers]
         save_checkpoint(run.folder / f"{spent['steps']:09d}.pt", checkpoint() | state)
         if rank() == 0:
             for old in saved(run.folder)[: -cfg.keep]:
@@ -642,12 +671,16 @@ class _Log:
                 # A line may be torn where the run was killed; the loss of step n is of the update after checkpoint n.
                 lines = [json.loads(line) for line in old if line.endswith("}")]
                 kept = [line for line in lines if line["step"] < done + ("held_out" in line)]
+                for part in run.folder.glob("*.part"):  # of a save that was cut short
+                    part.unlink()
                 self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
             except BlockingIOError:
                 self.lock.close()
                 raise InputError(f"{run.folder}: another run writes there; wait, or give another --out") from None
             except OSError as error:
                 raise InputError(f"{self.path}: cannot be written ({error.strerror})") from None
+            except (ValueError, KeyError, TypeError):
+                raise InputError(f"{self.path}: not lines of a run; remove it, its checkpoints do without") from None
 
     def __enter__(self) -> "_Log":
         return self

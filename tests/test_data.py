@@ -355,7 +355,7 @@ def test_a_row_depends_on_seed_and_index_alone(data_dir):
         (["text", "out", "--alpha", "nan"], "--alpha nan: it must be in [0, 1]"),
         (["text", "out", "--seed", "-1"], "--seed -1: it must be from 0"),
         (["text", "full/precious/out"], "full/precious/out: cannot be read or made (Not a directory)"),
-        (["text", "out", "--tokenizer", "nowhere"], "nowhere: cannot be read or made"),
+        (["text", "out", "--tokenizer", "nowhere"], "nowhere: cannot be read (No such file"),
         (["text", "out", "--vocab-size", "lots"], "--vocab-size"),
         (["text", "out", "--part", "3/2"], "--part 3/2: it must be I/N"),
         (["text", "out", "--part", "2"], "--part 2: it must be I/N"),

@@ -3,6 +3,7 @@ import math
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -381,10 +382,7 @@ def test_resume_with_a_contradicting_flag_is_refused(command, data_dir, encoder,
 def test_resume_on_other_data_is_refused(command, data_dir, encoder, tmp_path):
     other = tmp_path / "other"
     meta = json.loads((data_dir / "meta.json").read_text())
-    other.mkdir()
-    for file in data_dir.iterdir():
-        (other / file.name).symlink_to(file)
-    (other / "meta.json").unlink()
+    shutil.copytree(data_dir, other)
     del meta["languages"]["de"]
     (other / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(InputError, match="other: not the data that"):
