@@ -1,11 +1,12 @@
 # make demo   environment, then the three commands on the embedded corpus, into demo/
 # make test   environment, then the tests
+# make soak   200 kills of training runs at random instants, each resumed (about 20 minutes)
 # make fuzz   125,000 damaged files into every reader
 
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
 
-.PHONY: demo test fuzz clean
+.PHONY: demo test soak fuzz clean
 
 .venv/ready: requirements.txt tests/requirements.txt
 	$(PYTHON) -m venv .venv
@@ -23,6 +24,9 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest
+
+soak: .venv/ready
+	$(BIN)/python tests/soak.py --kills 200
 
 fuzz: .venv/ready
 	FUZZ=25000 $(BIN)/python -m pytest tests/test_hostile.py -k fuzz

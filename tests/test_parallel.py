@@ -242,3 +242,11 @@ def test_activation_checkpointing_and_compiling_change_no_result(command, data_d
     assert done.returncode == 0, done.stderr
     eager, compiled = (load_checkpoint(tmp_path / f"{name}.pt")["weights"] for name in ("eager", "compiled"))
     assert eager.keys() == compiled.keys() and worst(eager, compiled) < 1e-5
+
+
+def test_killed_at_random_instants_and_resumed(tmp_path):
+    """A short `make soak`: both scripts, one process and two."""
+    line = [sys.executable, str(ROOT / "tests" / "soak.py"), "--kills", "8"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(": 2 kills (") == 4 and done.stdout.count("weights off by 0 ") >= 2, done.stdout
