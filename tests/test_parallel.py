@@ -137,6 +137,16 @@ def test_one_model_whatever_the_split(encoder, launch, tmp_path):
     assert worst(a, b) == 0
 
 
+def test_muon_whatever_the_split(encoder, launch, tmp_path):
+    """Muon orthogonalises in bf16, which turns rounding into a few thousandths; over FSDP2 it sees whole matrices."""
+    for processes, name, flags in ((1, "one", []), (2, "ddp", []), (2, "fsdp", ["--parallel", "fsdp"])):
+        done = launch(processes, name, "--optimizer", "muon", *flags)
+        assert done.returncode == 0, done.stderr
+    weights = [load_checkpoint(tmp_path / f"{name}.pt")["weights"] for name in ("one", "ddp", "fsdp")]
+    one, ddp, fsdp = (torch.cat([x.flatten() for _, x in sorted(w.items())]) for w in weights)
+    assert (one - ddp).norm() < 0.01 * one.norm() and (one - fsdp).norm() < 0.01 * one.norm()
+
+
 def test_resumed_by_any_number_of_processes_and_either_wrapper(encoder, launch, tmp_path):
     """DDP, one process, FSDP2, DDP; each stopped by a signal to its last rank; the thaw after step 10 is on the way."""
     assert launch(1, "whole").returncode == 0
