@@ -1,7 +1,7 @@
 # make demo   environment, then the three commands on the embedded corpus, into demo/
 # make test   environment, then the tests
-# make soak   200 kills of training runs at random instants, each resumed (about 20 minutes)
-# make fuzz   125,000 damaged files into every reader
+# make soak   200 kills of training runs at random instants, each resumed (about 10 minutes)
+# make fuzz   125,000 damaged files into every reader (about 15 minutes)
 
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
