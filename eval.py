@@ -6,6 +6,9 @@ python eval.py enc.pt --task fill "The river is <mask> in winter."
 python eval.py seq2seq.pt --task generate "The river frozen in winter." --beams 4
 python eval.py fused.pt --task fusion                            # what --fusion made of each encoder layer
 python eval.py enc.pt seq2seq.pt --task cost                     # what they cost, and saved
+python eval.py enc.pt --task slots                               # fine-tuned and scored (tasks.py); also nli pos ner
+python eval.py seq2seq.pt --task parse --data DIR --seeds 3 --out results.jsonl    # also summ
+python eval.py results.jsonl --report OUT                        # the tables of the paper, and figures
 """
 
 import argparse
@@ -16,9 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import tasks
 import trainer
 from checkpoint import load_checkpoint, load_model
-from data import SAMPLE_DATA, TokenData, load_tokenizer, run_command
+from data import HERE, SAMPLE_DATA, TokenData, load_tokenizer, rank, run_command
 from model import PRESETS, ModelConfig, generate
 from objectives import VALID_NOISE, InputError, SpecialIds, sample_rng
 from train_encoder import MLMConfig, encoder_objective
@@ -112,19 +116,8 @@ def print_losses(
     for language, loss in losses.items():
         rows, entropy = data.n_valid_rows(language), entropies[language]
         print(f"{language:8} {rows:6} {loss:6.3f} {math.exp(loss):11.1f} {entropy:16.3f}")
-        if args.out:
-            line = {
-                "checkpoint": str(args.checkpoint),
-                "kind": kind,
-                "task": "loss",
-                "language": language,
-                "loss": loss,
-            }
-            try:
-                with open(args.out, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
-            except OSError as error:
-                raise InputError(f"{args.out}: cannot be written ({error.strerror}); name another --out") from None
+        about = {"checkpoint": str(args.checkpoint), "kind": kind, "task": "loss"}
+        append(args.out, [about | {"language": language, "loss": loss}])
     mean = sum(losses.values()) / len(losses)
     print(f"mean            {mean:6.3f} {'':11} {sum(entropies.values()) / len(losses):16.3f}")
 
@@ -200,30 +193,86 @@ def print_paper_saving() -> None:
         print(f"  {at:13}  {saved[0]:6.1%}  {saved[1]:6.1%}")
 
 
+def run_task(args: argparse.Namespace) -> None:
+    """Fine-tunes on one language, scores all, prints the table; every number goes to --out as soon as it is known."""
+    folder = args.data or (HERE / "sample" / "slots" if args.task == "slots" else None)
+    if folder is None:
+        raise InputError(f"--task {args.task} needs --data DIR, which holds <lang>/train.*, dev.*, test.*")
+    languages = tasks.languages_of(folder, args.train_lang, args.langs)
+    body, checkpoint = load_model(args.checkpoint, *(["seq2seq"] if args.task in tasks.GENERATION else []))
+    train, dev = (tasks.read_split(args.task, folder, args.train_lang, split) for split in ("train", "dev"))
+    test = {language: tasks.read_split(args.task, folder, language, "test") for language in languages}
+    tokenizer = load_tokenizer(checkpoint["tokenizer"], args.checkpoint)
+    dtype = checkpoint["history"][-1]["settings"].get("dtype", "fp32") if checkpoint["history"] else "fp32"
+    how = dict(
+        epochs=args.epochs, batch_size=args.batch_size, freeze=args.freeze_encoder, beams=args.beams, dtype=dtype
+    )
+    job = tasks.Job(args.task, train, dev, tokenizer, SpecialIds(tokenizer.vocab_size()), **how)
+    about = dict(
+        checkpoint=str(args.checkpoint), kind=checkpoint["kind"], history=checkpoint["history"], task=args.task
+    )
+    about |= dict(data=str(folder), train_lang=args.train_lang, **how)
+    lrs, results = args.lr or [0.005 / math.sqrt(body.cfg.d_model)], []
+    append(args.out, [])
+    for result in tasks.evaluate(job, body, lrs, args.seeds, test):
+        results.append(result)
+        append(args.out, [about | result])
+    tasks.print_scores(args.task, results, args.train_lang)
+
+
+def append(path: Path | None, rows: list[dict]) -> None:
+    """Adds JSON lines to a file, if there is one to add to. Raises InputError where it cannot be written."""
+    if path:
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({error.strerror}); name another --out") from None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="enc.pt or seq2seq.pt")
+    parser.add_argument("checkpoint", type=Path, help="enc.pt or seq2seq.pt; with --report results.jsonl")
     parser.add_argument("more", nargs="*", help="a sentence for fill (with <mask>) or generate; checkpoints for cost")
     parser.add_argument(
         "--task",
-        choices=("loss", "fill", "generate", "fusion", "cost"),
+        choices=("loss", "fill", "generate", "fusion", "cost", *tasks.METRICS),
         help="default: loss, and a sample of each language",
     )
-    parser.add_argument("--data", type=Path, help="data folder of data.py (default: the one it was trained on)")
-    parser.add_argument("--langs", nargs="+", help="languages to evaluate (default: all of the data folder)")
     parser.add_argument(
-        "--beams", type=int, default=1, help="hypotheses of generate, 1 is greedy (default %(default)s)"
+        "--data", type=Path, help="of data.py (default: what it was trained on); of a task: <lang>/{train,dev,test}.*"
     )
-    parser.add_argument("--out", type=Path, help="JSON lines file to append the losses to")
+    parser.add_argument("--langs", nargs="+", help="languages to evaluate (default: all of the data folder)")
+    parser.add_argument("--beams", type=int, default=1, help="hypotheses kept, 1 is greedy (default %(default)s)")
+    parser.add_argument("--out", type=Path, help="JSON lines file to append losses and scores to")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="tables and figures from such a file")
+    group = parser.add_argument_group("fine-tuning, for tasks")
+    group.add_argument("--train-lang", default="en", help="language to train on (default %(default)s)")
+    group.add_argument("--seeds", type=int, default=1, help="fine-tunings, from 0 on (default %(default)s)")
+    group.add_argument("--lr", type=float, nargs="+", help="peak rates to try (default 0.005 / sqrt(d_model))")
+    group.add_argument("--epochs", type=int, default=0, help="0: 3, or as many as 500 updates take (default 0)")
+    group.add_argument("--batch-size", type=int, default=32, help="rows an update (default %(default)s)")
+    group.add_argument("--freeze-encoder", action="store_true", help="train the heads alone, on a fusion of all layers")
     args = parser.parse_intermixed_args()
-    if args.beams < 1:
-        raise InputError(f"--beams {args.beams}: it must be at least 1")
+    for name, least in (("beams", 1), ("seeds", 1), ("epochs", 0), ("batch_size", 1)):
+        if getattr(args, name) < least:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least {least}")
+    if args.lr and not min(args.lr) > 0:
+        raise InputError(f"--lr {min(args.lr)}: it must be over 0")
+    if rank() > 0:
+        return  # what torchrun starts beside the first process: one does all
+    if args.report:
+        tasks.report(args.checkpoint, args.report)
+        return
     if args.task == "cost":
         print_cost([args.checkpoint, *map(Path, args.more)])
         return
     if len(args.more) != (args.task in ("fill", "generate")):
         takes = "takes one sentence, in quotes" if args.task in ("fill", "generate") else "takes one checkpoint alone"
         raise InputError(f"--task {args.task or 'loss'} {takes}")
+    if args.task in tasks.METRICS:
+        run_task(args)
+        return
     kind = {"fill": "encoder", "generate": "seq2seq", "fusion": "seq2seq"}.get(args.task)
     model, checkpoint = load_model(args.checkpoint, *([kind] if kind else []))
     model.to(trainer.device())

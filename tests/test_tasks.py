@@ -1,0 +1,477 @@
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, ROWS, SMALL
+from hypothesis import given
+from hypothesis import strategies as st
+from rouge_score import rouge_scorer
+from seqeval.metrics import f1_score, precision_score, recall_score
+from seqeval.metrics.sequence_labeling import get_entities
+from sklearn.metrics import accuracy_score
+
+import eval as evaluation
+import extract
+import tasks
+import train_encoder
+import train_seq2seq
+from checkpoint import load_model
+from data import InputError, load_tokenizer
+from objectives import SpecialIds
+from tasks import Item, entities, rouge, scores, windows
+
+SHARED = ROOT.parent / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the paper's data sets are not at {SHARED}")
+UPOS = [
+    "ADJ",
+    "ADP",
+    "ADV",
+    "AUX",
+    "CCONJ",
+    "DET",
+    "INTJ",
+    "NOUN",
+    "NUM",
+    "PART",
+    "PRON",
+    "PROPN",
+    "PUNCT",
+    "SCONJ",
+    "SYM",
+    "VERB",
+    "X",
+]
+BIO = [f"{x}-{y}" for x in "BIES" for y in ("PER", "LOC", "a-b")] + ["O", "O", "I-ORG", "B", "I"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(data_dir):
+    return load_tokenizer((data_dir / "tokenizer.model").read_bytes(), "x")
+
+
+@pytest.fixture(scope="module")
+def ids(tokenizer):
+    return SpecialIds(tokenizer.vocab_size())
+
+
+@pytest.fixture
+def checkpoints(command, data_dir, tmp_path):
+    command(train_encoder, "--data", data_dir, *SMALL, *ROWS, "--steps", 2, "--out", "enc.pt")
+    command(train_seq2seq, "--data", data_dir, *ROWS, "--init", "enc.pt", "--steps", 2, "--out", "seq2seq.pt")
+    return tmp_path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small data set of each task, in English and German."""
+    rng = random.Random(0)
+    words = {
+        "NOUN": ["river", "winter", "house", "garden", "bread"],
+        "VERB": ["sleeps", "grows", "falls"],
+        "DET": ["the", "a"],
+    }
+    for task, name in (("pos", "conllu"), ("ner", "bio"), ("slots", "tsv"), ("nli", "tsv"), ("parse", "tsv")):
+        for language, split, n in (("en", "train", 60), ("en", "dev", 12), ("en", "test", 12), ("de", "test", 9)):
+            out = []
+            for _ in range(n):
+                tags = ["DET", "NOUN", "VERB"] * rng.randint(1, 2)
+                text = [rng.choice(words[tag]) for tag in tags]
+                slots = ["B-thing" if tag == "NOUN" else "O" for tag in tags]
+                out.append({
+                    "pos": "".join(f"{i}\t{w}\t_\t{t}\t_\n" for i, (w, t) in enumerate(zip(text, tags), 1)) + "\n",
+                    "ner": "".join(f"{w}\t{s}\n" for w, s in zip(text, slots)) + "\n",
+                    "slots": f"{' '.join(text)}\t{' '.join(slots)}\t{text[2]}\n",
+                    "nli": f"{' '.join(text)}\t{text[1]}\t{tasks.NLI[len(text) // 3]}\n",
+                    "parse": f"{' '.join(text)}\t[IN:{text[2].upper()} [SL:THING {text[1]} ] ]\n",
+                }[task])  # fmt: skip
+            path = tmp_path / task / language / f"{split}.{name}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(out))
+    for language, split in (("en", "train"), ("en", "dev"), ("en", "test"), ("hi", "test")):
+        path = tmp_path / "summ" / language / f"{split}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps({"source": f"a b c {i}", "target": f"c {i}"}) + "\n" for i in range(9)))
+    return tmp_path
+
+
+# Metrics against the libraries that others use ----------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.* seems not to be NE tag")
+@pytest.mark.parametrize("labels", [BIO, UPOS], ids=["BIO, also broken", "part of speech"])
+def test_entities_are_those_of_seqeval(labels):
+    rng = random.Random(0)
+    for _ in range(100):
+        gold, ours = ([[rng.choice(labels) for _ in range(n)] for n in range(1, 51)] for _ in range(2))
+        for sentence in gold:
+            assert entities(sentence) == {(kind, first, last + 1) for kind, first, last in get_entities(sentence)}
+        ours = [[a if rng.random() < 0.7 else b for a, b in zip(x, y)] for x, y in zip(gold, ours)]
+        expected = [100 * score(gold, ours) for score in (precision_score, recall_score, f1_score)]
+        assert tasks.precision_recall_f1(gold, ours) == pytest.approx(expected)
+
+
+def test_accuracy_is_that_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        gold, ours = (rng.choice(UPOS, 100).tolist() for _ in range(2))
+        assert tasks.percent_equal(gold, ours) == pytest.approx(100 * accuracy_score(gold, ours))
+
+
+def same_rouge(gold: str, ours: str) -> None:
+    their = rouge_scorer.RougeScorer(["rougeL", "rouge1", "rouge2"]).score(gold, ours)
+    assert rouge(gold, ours) == pytest.approx([100 * their[x].fmeasure for x in ("rougeL", "rouge1", "rouge2")])
+
+
+def test_rouge_is_that_of_rouge_score():
+    rng = random.Random(0)
+    words = ["the", "The", "river", "it's", "x-y", "3.5", "...", "falls", "under_score", "a", "b", "c"]
+    for _ in range(10_000):
+        gold, ours = (" ".join(rng.choices(words, k=rng.randint(0, 14))) for _ in range(2))
+        same_rouge(gold, ours)
+
+
+def test_rouge_of_other_scripts():
+    """rouge-score drops all but a to z; with our words it gives our scores. Hindi vowels do not part words."""
+    gold, ours = "हिन्दी में मौसम, कैसा है", "मौसम कैसा है?"
+    assert tasks.rouge_words(gold) == ["हिन्दी", "में", "मौसम", "कैसा", "है"]
+
+    class Words:
+        def tokenize(self, text):
+            return tasks.rouge_words(text)
+
+    their = rouge_scorer.RougeScorer(["rougeL", "rouge1", "rouge2"], tokenizer=Words()).score(gold, ours)
+    assert rouge(gold, ours) == pytest.approx([100 * their[x].fmeasure for x in ("rougeL", "rouge1", "rouge2")])
+    assert rouge(gold, ours)[0] == pytest.approx(75)
+
+
+@needs_shared
+@pytest.mark.filterwarnings("ignore:.* seems not to be NE tag")
+@pytest.mark.parametrize("task", ["pos", "ner", "slots"])
+def test_metrics_on_all_real_labels(task):
+    rng, folder = random.Random(0), SHARED / ("udpos" if task == "pos" else task)
+    for language in sorted(path.name for path in folder.iterdir()):
+        for path in sorted((folder / language).glob("*")):
+            gold = [item.tags for item in tasks.read_split(task, folder, language, path.name.split(".")[0])]
+            flat = [tag for tags in gold for tag in tags]
+            ours = [[t if rng.random() < 0.8 else rng.choice(flat) for t in tags] for tags in gold]
+            expected = [100 * score(gold, ours) for score in (precision_score, recall_score, f1_score)]
+            assert tasks.precision_recall_f1(gold, ours) == pytest.approx(expected)
+            assert tasks.percent_equal(flat, [t for tags in ours for t in tags]) == pytest.approx(
+                100 * accuracy_score(flat, [t for tags in ours for t in tags])
+            )
+
+
+@needs_shared
+def test_real_summaries_and_trees():
+    for language in ("en", "en-digitalgov"):
+        items = tasks.read_split("summ", SHARED / "summ", language, "test")
+        for item in items[:100]:
+            gold, ours = (text.encode("ascii", "ignore").decode() for text in (item.label, item.words[0][:300]))
+            same_rouge(gold, ours)
+    for language in ("de", "en", "fr", "hi"):
+        items = tasks.read_split("parse", SHARED / "parse", language, "test")  # every gold tree is well-formed
+        assert scores("parse", items, items) == {"exact match": 100, "well-formed": 100}
+
+
+@pytest.mark.parametrize(
+    "tree, sound",
+    [
+        ("[IN:A b ]", True), ("[IN:A [SL:B c ] d ]", True), ("[IN:A b", False), ("[IN:A b ] ]", False), ("", False),
+        ("a [IN:A b ]", False), ("[IN:A b ] c", False), ("[IN:A ] [IN:B ]", False), ("]", False), ("[IN:A", False),
+    ],
+)  # fmt: skip
+def test_well_formed_trees(tree, sound):
+    assert tasks.well_formed(tree) == sound
+
+
+@pytest.mark.parametrize("task", tasks.METRICS)
+def test_gold_labels_score_100(folder, task):
+    items = tasks.read_split(task, folder / task, "en", "test")
+    assert set(scores(task, items, items).values()) == {100.0} or task == "summ"
+    if task == "summ":  # "c 3" is of one pair of words and no more
+        assert scores(task, items, items) == pytest.approx({"ROUGE-L": 100, "ROUGE-1": 100, "ROUGE-2": 100})
+
+
+def test_the_scores_of_slots():
+    gold = [Item(["a", "b"], ["B-x", "O"], "i"), Item(["c"], ["O"], "j"), Item(["d"], ["B-x"], "i")]
+    ours = [Item(["a", "b"], ["B-x", "O"], "i"), Item(["c"], ["O"], "i"), Item(["d"], ["O"], "i")]
+    assert scores("slots", gold, ours) == pytest.approx(
+        {"both right": 100 / 3, "intent accuracy": 200 / 3, "slot F1": 200 / 3}
+    )
+
+
+# Rows ---------------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 400), st.integers(1, 60))
+def test_windows_answer_for_every_token_once(n, size):
+    found = windows(n, size)
+    assert [t for _, _, first, end in found for t in range(first, end)] == list(range(n))
+    assert all(start <= first <= end <= stop <= start + size for start, stop, first, end in found)
+    assert len(found) == 1 if n <= size else len(found) > 1
+    if size >= 8:  # tokens on either side, but at the ends of the sentence
+        assert all(first - start >= size // 4 or start == 0 for start, _, first, _ in found)
+
+
+def test_rows_hold_every_word_once(tokenizer, ids):
+    rng = random.Random(0)
+    words = ["river", "Donaudampfschifffahrt", "🐫", "", "\u200b", "x", "नदी"]
+    items = []
+    for _ in range(200):
+        chosen = rng.choices(words, k=rng.randint(1, 40))
+        items.append(Item(chosen, [rng.choice(["A", "B"]) for _ in chosen], "i"))
+    rows = tasks.rows_of(items, tokenizer, ids, 32, ["A"], ["i"])
+    seen = {(row.item, w): (row, k) for row in rows for k, w in enumerate(row.words)}
+    assert len(seen) == sum(len(row.words) for row in rows) == sum(len(item.words) for item in items)
+    for (i, w), (row, k) in seen.items():
+        first = (tokenizer.encode(items[i].words[w]) or [ids.unk])[0]
+        assert row.src[row.at[k]] == first and row.tags[k] == (0 if items[i].tags[w] == "A" else -1)
+    assert max(len(row.src) for row in rows) <= 32 and all(row.src[-1] == ids.eos for row in rows)
+    for i, item in enumerate(items):
+        n = sum(len(tokenizer.encode(word) or [0]) for word in item.words)
+        assert (sum(row.item == i for row in rows) == 1) == (n <= 31)
+
+
+def test_a_pair_of_texts_is_cut_at_the_longer_one(tokenizer, ids):
+    row = tasks.rows_of([Item(["river " * 50, "a house"], label="x")], tokenizer, ids, 32, [], ["x"])[0]
+    premise, hypothesis = (tokenizer.encode(text) for text in ("river " * 50, "a house"))
+    assert row.src == [*premise[: 30 - len(hypothesis)], ids.eos, *hypothesis, ids.eos] and row.label == 0
+
+
+def test_batches_hold_every_row_once_and_like_lengths():
+    lengths = np.random.default_rng(0).integers(1, 100, 3000).tolist()
+    found = tasks.batches(lengths, 16, np.random.default_rng(1))
+    assert sorted(i for batch in found for i in batch) == list(range(3000))
+    padding = sum(max(lengths[i] for i in batch) * len(batch) for batch in found) / sum(lengths)
+    assert padding < 1.1 and found != tasks.batches(lengths, 16, np.random.default_rng(2))
+
+
+# Fine-tuning --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["nli", "pos", "ner", "slots"])
+def test_encoder_tasks_are_learned(command, checkpoints, folder, capsys, task):
+    """From a checkpoint of either kind; the toy sets follow a rule that a linear head over words can find."""
+    extracted = ["seq2seq.pt"] if task == "pos" else ["enc.pt"]
+    command(evaluation, *extracted, "--task", task, "--data", folder / task, "--lr", 0.01, 0.003, "--out", "r.jsonl")
+    out = capsys.readouterr().out
+    results = [json.loads(line) for line in (checkpoints / "r.jsonl").read_text().splitlines()]
+    assert [r["language"] for r in results] == ["de", "en"] and results[0]["lr"] in (0.01, 0.003)
+    assert results[1]["scores"][tasks.METRICS[task][0]] > 90 and "lr 0.01: dev" in out
+    assert results[1]["history"][0]["stage"] == "encoder" and results[1]["items"] == 12
+    table = [line.split() for line in out.splitlines()]
+    assert [line[0] for line in table if line[0] in ("de", "en")] == ["de", "en"] and "all but en" in out
+
+
+def test_a_frozen_encoder_stays_and_its_heads_read_all_layers(checkpoints, folder, tokenizer, ids):
+    body = load_model(checkpoints / "enc.pt")[0]
+    before = {name: x.clone() for name, x in body.state_dict().items()}
+    train = tasks.read_split("pos", folder / "pos", "en", "train")
+    job = tasks.Job("pos", train, train[:9], tokenizer, ids, 2, 8, freeze=True, beams=1, dtype="fp32")
+    seen = []
+    original = tasks.Heads.__init__
+
+    def noted(self, *args):
+        original(self, *args)
+        seen.append(self)
+
+    tasks.Heads.__init__ = noted
+    try:
+        tasks.finetuned(job, body, 0.01, 0)
+    finally:
+        tasks.Heads.__init__ = original
+    after = seen[0].state_dict()
+    assert all(torch.equal(x, before[name]) for name, x in after.items() if name in before)
+    assert after["fusion.query"].abs().sum() > 0
+    assert all(torch.equal(x, before[name]) for name, x in body.state_dict().items())
+
+
+def test_scores_do_not_depend_on_the_batch(checkpoints, folder, tokenizer, ids, monkeypatch):
+    body = load_model(checkpoints / "enc.pt")[0]
+    torch.manual_seed(0)
+    model = tasks.Heads(body, 4, 3, False)
+    items = [Item(w := ["river", "x", "नदी"] * k, ["A"] * len(w), "i") for k in (1, 2, 7, 30, 3)] * 4
+    tags, labels = list("ABCD"), list("ijk")
+    rows = tasks.rows_of(items, tokenizer, ids, 32, tags, labels)
+    assert len(rows) > len(items)
+    found = []
+    for budget in (1, 100, 10_000):
+        monkeypatch.setattr(tasks, "SCORED_TOKENS", budget)
+        found.append(tasks.predict_heads(model, items, rows, tags, labels, ids.pad, "x"))
+    assert found[0] == found[1] == found[2] and len({tag for item in found[0] for tag in item.tags}) > 1
+
+
+@pytest.mark.parametrize("task", ["parse", "summ"])
+def test_50_pairs_are_learned_by_heart(data_dir, tmp_path, command, task, tokenizer, ids):
+    """And given back exactly by beam search with the cache, in batches of unequal lengths."""
+    command(train_seq2seq, "--data", data_dir, "--d-model", 64, "--n-heads", 2, "--encoder-layers", 1,
+            "--decoder-layers", 1, "--seq-len", 64, "--batch-size", 4, "--dtype", "fp32", "--steps", 0)  # fmt: skip
+    rng, items = random.Random(1), []
+    words = ["river", "winter", "house", "garden", "bread", "milk", "road", "stone", "cloud", "night"]
+    for _ in range(50):
+        text = rng.sample(words, rng.randint(2, 6))
+        tree = f"[IN:{text[0].upper()} [SL:{text[-1].upper()} {text[-1]} ] ]"
+        items.append(Item([" ".join(text)], label=tree if task == "parse" else " ".join(text[::-1])))
+    body = load_model(tmp_path / "seq2seq.pt")[0]
+    job = tasks.Job(task, items, items, tokenizer, ids, 160, 10, freeze=False, beams=4, dtype="fp32")
+    best, predict = tasks.finetuned(job, body, 3e-3, 0)
+    assert [item.label for item in predict(items, "x")] == [item.label for item in items]
+    assert best == 100
+
+
+def test_a_batch_too_large_for_memory_is_halved(checkpoints, tokenizer, ids, monkeypatch):
+    model, sizes = load_model(checkpoints / "seq2seq.pt")[0], []
+    generate = tasks.generate
+
+    def limited(model, src, *args, **options):
+        sizes.append(len(src))
+        if len(src) > 16:
+            raise RuntimeError("CUDA out of memory")
+        return generate(model, src, *args, **options)
+
+    items = [Item(["river " * k], label="x") for k in range(1, 41)]
+    whole = tasks.predict_texts(model, items, tokenizer, ids, 1, 5, "x")
+    monkeypatch.setattr(tasks, "generate", limited)
+    assert tasks.predict_texts(model, items, tokenizer, ids, 1, 5, "x") == whole
+    assert sizes == [40, 32, 16, 16, 8]
+
+
+def test_the_same_numbers_twice_and_on_two_processes(checkpoints, folder):
+    """Two seeds differ; the same command prints the same; torchrun's second process adds nothing."""
+    line = [str(ROOT / "eval.py"), "enc.pt", "--task", "slots", "--data", str(folder / "slots"), "--seeds", "2"]
+    starts = [
+        [sys.executable],
+        [sys.executable],
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"],
+    ]
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    runs = [
+        subprocess.run([*start, *line, "--epochs", "2", "--out", f"{i}.jsonl"], cwd=checkpoints, env=environment,
+                       capture_output=True, text=True)
+        for i, start in enumerate(starts)
+    ]  # fmt: skip
+    assert [run.returncode for run in runs] == [0, 0, 0], runs[2].stderr
+    assert runs[0].stdout == runs[1].stdout == runs[2].stdout and " ± " in runs[0].stdout
+    texts = [(checkpoints / f"{i}.jsonl").read_text() for i in range(3)]
+    assert texts[0] == texts[1] == texts[2] and len(texts[0].splitlines()) == 4
+    seeds = [json.loads(line) for line in texts[0].splitlines()]
+    assert seeds[0]["dev"] != seeds[2]["dev"] or seeds[0]["scores"] != seeds[2]["scores"]
+
+
+def test_labels_that_training_never_saw(command, checkpoints, folder, capsys):
+    path = folder / "ner" / "de" / "test.bio"
+    path.write_text(path.read_text().replace("B-thing", "B-other", 2))
+    command(evaluation, "enc.pt", "--task", "ner", "--data", folder / "ner", "--epochs", 1, "--langs", "de")
+    assert "de: 2 labels that training never saw, scored as wrong" in capsys.readouterr().out
+
+
+def test_a_run_that_learned_nothing_is_told(command, checkpoints, folder, capsys):
+    command(evaluation, "enc.pt", "--task", "nli", "--data", folder / "nli", "--epochs", 1, "--lr", 1e-9)
+    assert "warning: seed 0 collapsed to chance: dev" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, damage, complaint",
+    [
+        (["--task", "pos"], None, "--task pos needs --data DIR"),
+        (["--task", "pos", "--data", "nowhere"], None, "nowhere: no such folder"),
+        (["--task", "pos", "--data", "pos", "--train-lang", "fr"], None, "pos: no fr in it to train on"),
+        (["--task", "pos", "--data", "pos", "--langs", "hi"], None, "pos/hi: no test file; choose --langs among de en"),
+        (["--task", "pos", "--data", "pos"], ("pos/en/dev.conllu", None), "pos/en: no dev file in it"),
+        (["--task", "pos", "--data", "pos"], ("pos/de/test.conllu", ""), "pos/de/test.conllu: nothing in it"),
+        (["--task", "pos", "--data", "pos"], ("pos/de/test.conllu", "1\tx\t_\n"), "pos/de/test.conllu:1: 4 columns"),
+        (["--task", "ner", "--data", "ner"], ("ner/de/test.bio", "a\tO\nb\n"), "ner/de/test.bio:2: 2 columns"),
+        (["--task", "slots", "--data", "slots"], ("slots/de/test.tsv", "a b\tO\ti\n"), "tsv:1: 2 words but 1 tags"),
+        (["--task", "nli", "--data", "nli"], ("nli/de/test.tsv", "a\tb\tmaybe\n"), "test.tsv:1: 'maybe' is none of"),
+        (["--task", "nli", "--data", "nli"], ("nli/de/test.tsv", b"a\tb\xff\tc\n"), "test.tsv:1: cannot be read"),
+        (["--task", "parse", "--data", "parse"], None, "enc.pt: a checkpoint of kind 'encoder', not seq2seq"),
+        (["--task", "nli", "--data", "nli", "--seeds", "0"], None, "--seeds 0: it must be at least 1"),
+        (["--task", "nli", "--data", "nli", "--lr", "-1"], None, "--lr -1.0: it must be over 0"),
+        (["--task", "nli", "--data", "nli", "--out", "no/r.jsonl"], None, "no/r.jsonl: cannot be written"),
+    ],
+)  # fmt: skip
+def test_bad_input(command, checkpoints, folder, arguments, damage, complaint):
+    if damage:
+        path, content = folder / damage[0], damage[1]
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError) as raised:
+        command(evaluation, "enc.pt", *arguments)
+    assert complaint in str(raised.value)
+
+
+@pytest.mark.parametrize("tree", ["[IN:A b", "b ]", "[IN:A ] ]"])
+def test_a_gold_tree_with_unbalanced_brackets(tmp_path, tree):
+    path = tmp_path / "test.tsv"
+    path.write_text(f"a\t[IN:A b ]\nb\t{tree}\n")
+    with pytest.raises(InputError, match=r"test\.tsv:2: the brackets of the tree do not match"):
+        list(tasks.read_parse(path))
+
+
+def test_the_majority_needs_no_model(folder):
+    train = tasks.read_split("pos", folder / "pos", "en", "train")
+    assert {tag for item in tasks.majority("pos", train, train) for tag in item.tags} <= {"DET", "NOUN", "VERB"}
+    lead = tasks.majority("summ", [Item(["x"], label="two words")], [Item(["one two three"])])
+    assert lead == [Item(["one two three"], label="one two")]
+
+
+# Reports ------------------------------------------------------------------------------------------------------------
+
+
+def test_report(command, checkpoints, folder, capsys):
+    (checkpoints / "seq2seq.pt").rename(checkpoints / "bart-12e12d.pt")
+    (checkpoints / "enc.pt").rename(checkpoints / "roberta-12e.pt")
+    (checkpoints / "enc.run").rename(checkpoints / "roberta-12e.run")
+    common = ["--epochs", 1, "--seeds", 2, "--out", "r.jsonl"]
+    for name, task in (("bart-12e12d", "pos"), ("roberta-12e", "pos"), ("bart-12e12d", "summ"), ("roberta-12e", "nli")):
+        command(evaluation, f"{name}.pt", "--task", task, "--data", folder / task, *common)
+    command(evaluation, "r.jsonl", "--report", "OUT")
+    text = (checkpoints / "OUT" / "tables.md").read_text()
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert [line[0] for line in table] == ["model", "---", "roberta-12e", "bart-12e12d", "model", "---", "bart-12e12d"]
+    assert table[0][2:] == ["nli, accuracy: others", "nli: trained", "pos, accuracy: others", "pos: trained"]
+    results = [json.loads(line) for line in (checkpoints / "r.jsonl").read_text().splitlines()]
+    english = [r["scores"]["accuracy"] for r in results if r["task"] == "pos" and r["language"] == "en"]
+    assert table[3][5] == tasks.mean_sd(english[:2]) and table[3][2] == "-" and " ± " in table[3][5]
+    assert float(table[2][1]) < float(table[3][1])  # the second stage adds to the first
+    assert (checkpoints / "OUT" / "loss-curves.png").stat().st_size > 5000
+    assert (checkpoints / "OUT" / "score-against-compute.png").stat().st_size > 5000
+    (checkpoints / "bad.jsonl").write_text("{}\n[1]\n")
+    with pytest.raises(InputError, match=r"bad\.jsonl:2: not a result"):
+        command(evaluation, "bad.jsonl", "--report", "OUT")
+
+
+def test_report_without_matplotlib(command, checkpoints, folder, capsys, monkeypatch):
+    command(evaluation, "enc.pt", "--task", "nli", "--data", folder / "nli", "--epochs", 1, "--out", "r.jsonl")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    command(evaluation, "r.jsonl", "--report", "OUT")
+    assert "for figures: pip install matplotlib" in capsys.readouterr().out
+    assert [path.name for path in Path("OUT").iterdir()] == ["tables.md"]
+
+
+def test_an_extracted_encoder(command, checkpoints, folder):
+    command(extract, "seq2seq.pt", "--out", "e.pt")
+    command(evaluation, "e.pt", "--task", "ner", "--data", folder / "ner", "--epochs", 1, "--freeze-encoder")
+
+
+# The embedded set ----------------------------------------------------------------------------------------------------
+
+
+def test_the_embedded_utterances():
+    folder = ROOT / "sample" / "slots"
+    train, dev = (tasks.read_split("slots", folder, "en", split) for split in ("train", "dev"))
+    test = {x: tasks.read_split("slots", folder, x, "test") for x in tasks.languages_of(folder, "en", None)}
+    assert len(train) == 100 and len(test) == 12 and all(len(items) == 30 for items in test.values())
+    known = [{x for item in train for x in xs(item)} for xs in (lambda item: item.tags, lambda item: [item.label])]
+    for language, items in test.items():
+        assert {tag for item in items for tag in item.tags} <= known[0], language
+        assert [item.label for item in items] == [item.label for item in test["en"]]
+    texts = [" ".join(item.words) for items in (train, dev, *test.values()) for item in items]
+    assert len(set(texts)) == len(texts)
