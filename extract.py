@@ -169,20 +169,13 @@ def hf_tokenizer(model: bytes, max_len: int):
     )
 
 
-def to_hf(model: nn.Module, checkpoint: dict, folder: Path) -> None:
-    """Writes a folder that transformers loads unchanged: weights, config, fast tokenizer, and our tokenizer.model.
-
-    Raises InputError when it cannot be written, and leaves nothing behind.
-    """
-    hf, kind, cfg = _transformers(), checkpoint["kind"], model.cfg
-    from safetensors import SafetensorError
-
-    config = hf_config(cfg, SpecialIds(cfg.vocab_size))
-    config.history = checkpoint["history"]
-    with torch.device("meta"):
-        theirs = (hf.XLMRobertaXLForMaskedLM if kind == "encoder" else hf.BlenderbotForConditionalGeneration)(config)
+def hf_model(model: nn.Module):
+    """The same model, of the same tensors, as transformers has it."""
+    hf, kind, cfg = _transformers(), "seq2seq" if hasattr(model, "decoder") else "encoder", model.cfg
+    make = hf.XLMRobertaXLForMaskedLM if kind == "encoder" else hf.BlenderbotForConditionalGeneration
+    theirs = make(hf_config(cfg, SpecialIds(cfg.vocab_size)))
     weights: dict[str, Tensor] = {}
-    for name, x in checkpoint["weights"].items():
+    for name, x in model.state_dict().items():
         names = _hf_names(kind, name)
         weights |= zip(names, x.chunk(len(names)))
     if kind == "encoder":
@@ -196,9 +189,21 @@ def to_hf(model: nn.Module, checkpoint: dict, folder: Path) -> None:
             weights[f"{name}.weight"] = weights["model.shared.weight"]
     theirs.load_state_dict(weights, assign=True)
     theirs.tie_weights()
+    return theirs
+
+
+def to_hf(model: nn.Module, checkpoint: dict, folder: Path) -> None:
+    """Writes a folder that transformers loads unchanged: weights, config, fast tokenizer, and our tokenizer.model.
+
+    Raises InputError when it cannot be written, and leaves nothing behind.
+    """
+    theirs = hf_model(model)
+    from safetensors import SafetensorError
+
+    theirs.config.history = checkpoint["history"]
     try:
         theirs.save_pretrained(folder)
-        hf_tokenizer(checkpoint["tokenizer"], cfg.max_len).save_pretrained(folder)
+        hf_tokenizer(checkpoint["tokenizer"], model.cfg.max_len).save_pretrained(folder)
         (folder / "tokenizer.model").write_bytes(checkpoint["tokenizer"])
     except (OSError, SafetensorError) as error:
         shutil.rmtree(folder, ignore_errors=True)

@@ -390,7 +390,7 @@ def held_out_loss(
             loss += part if mine[at : at + 32] else 0.0
         sums += [loss, n_targets(mine)]
     sums = _sum_over_ranks(sums)
-    return {language: sums[2 * i] / sums[2 * i + 1] for i, language in enumerate(languages)}
+    return {language: sums[2 * i] / max(1, sums[2 * i + 1]) for i, language in enumerate(languages)}
 
 
 def _autocast(dtype: str) -> torch.autocast:
@@ -623,7 +623,7 @@ def _update(
     """
     cfg = run.train
     torch.manual_seed((cfg.seed << 32 ^ step << 8 ^ rank()) & (1 << 63) - 1)  # dropout
-    (all_targets,) = _sum_over_ranks([n_targets(examples)])
+    all_targets = max(1, *_sum_over_ranks([n_targets(examples)]))  # rows of nothing but special tokens have none
     micro = cfg.micro_batch_size or len(examples)
     loss, flops = torch.zeros((), device=device()), 0.0
     for at in range(0, len(examples), micro):

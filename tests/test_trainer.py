@@ -475,3 +475,13 @@ def test_a_full_disk_ends_a_run_with_one_line_and_it_can_go_on(data_dir, tmp_pat
     assert full.returncode == 2 and len(full.stderr.splitlines()) == 1, full.stderr
     assert "cannot be written" in full.stderr
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_rows_without_a_target_are_no_error(command, data_dir, tmp_path):
+    """A stretch of padding, as a hole in a shard would be."""
+    shutil.copytree(data_dir, tmp_path / "holes")
+    for path in (tmp_path / "holes").glob("*.bin"):
+        raw = path.read_bytes()
+        path.write_bytes(raw[:32] + bytes(len(raw) - 32))
+    command(train_encoder, "--data", "holes", *SMALL, *ROWS, "--steps", 2)
+    assert load_checkpoint(tmp_path / "enc.pt")["history"][0]["skipped"] == 0

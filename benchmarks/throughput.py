@@ -1,0 +1,411 @@
+"""This project beside what one would use instead, on this machine, in one run: tokens a second and peak memory.
+
+    python benchmarks/throughput.py                     # all of it, about half an hour on 2 cores
+    python benchmarks/throughput.py --only mlm noise --rounds 3
+
+Every contender is a process of its own that stays alive; they take turns (A B A B), a round being a few updates of
+each. Printed are medians over the rounds, ratios of medians, and the peak of resident memory, libraries included.
+An update is whole: forward, backward, clipping, AdamW. The models of transformers are exported from ours: equal shapes,
+equal weights, the same batch. The share of the machine (MFU) is the ledger's FLOPs over the rate of a large product in
+the same dtype, measured in the same run.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import trainer  # noqa: E402
+from extract import hf_model  # noqa: E402
+from model import PRESETS, MaskedLM, ModelConfig, Seq2Seq, generate  # noqa: E402
+from objectives import SpecialIds, mask_tokens, noise_row, sample_rng  # noqa: E402
+from train_encoder import MLMConfig, encoder_objective  # noqa: E402
+from train_seq2seq import DenoiseConfig, seq2seq_objective  # noqa: E402
+
+# Contenders ---------------------------------------------------------------------------------------------------------
+
+
+class Plain(nn.Module):
+    """PyTorch's own layers put together in the shortest way: nn.Transformer, one embedding, all logits."""
+
+    def __init__(self, cfg: ModelConfig, seq2seq: bool):
+        super().__init__()
+        self.embed, self.positions = nn.Embedding(cfg.vocab_size, cfg.d_model), nn.Embedding(cfg.max_len, cfg.d_model)
+        shape = dict(
+            dim_feedforward=cfg.d_ff, dropout=cfg.dropout, activation="gelu", batch_first=True, norm_first=True
+        )
+        layer = nn.TransformerEncoderLayer(cfg.d_model, cfg.n_heads, **shape)
+        self.encoder = nn.TransformerEncoder(layer, cfg.n_encoder_layers, nn.LayerNorm(cfg.d_model), False)
+        if seq2seq:
+            layer = nn.TransformerDecoderLayer(cfg.d_model, cfg.n_heads, **shape)
+            self.decoder = nn.TransformerDecoder(layer, cfg.n_decoder_layers, nn.LayerNorm(cfg.d_model))
+
+    def forward(self, src: Tensor, labels: Tensor, tgt_in: Tensor | None = None) -> Tensor:
+        def embedded(x: Tensor) -> Tensor:  # [B, T] -> [B, T, D]
+            return self.embed(x) + self.positions.weight[: x.shape[1]]
+
+        hidden = self.encoder(embedded(src))
+        if tgt_in is not None:
+            causal = nn.Transformer.generate_square_subsequent_mask(tgt_in.shape[1], device=src.device)
+            hidden = self.decoder(embedded(tgt_in), hidden, tgt_mask=causal, tgt_is_causal=True)
+        return F.cross_entropy(F.linear(hidden, self.embed.weight).flatten(0, 1), labels.flatten())
+
+
+def model_config(o: dict) -> ModelConfig:
+    shape = dict(PRESETS[o["preset"]])
+    if o["task"] == "mlm":
+        shape["n_decoder_layers"] = 0
+    return ModelConfig(o["vocab"], max_len=max(512, o["length"]), **shape | {"dropout": o["dropout"]})
+
+
+def batch_of(o: dict) -> tuple[dict[str, Tensor], int]:
+    """A batch of random rows noised by our objectives, and how many targets it has."""
+    ids, rng = SpecialIds(o["vocab"]), np.random.default_rng(0)
+    mlm = o["task"] == "mlm"
+    objective = encoder_objective(ids, MLMConfig()) if mlm else seq2seq_objective(ids, DenoiseConfig())
+    rows = rng.integers(ids.ordinary, o["vocab"], (o["rows"], o["length"]))
+    examples = [objective(row, sample_rng(0, 0, i)) for i, row in enumerate(rows)]
+    return trainer.collate(examples, ids.pad), trainer.n_targets(examples)
+
+
+def contender(o: dict) -> Callable[[], None]:
+    """One update of one contender."""
+    torch.manual_seed(0)
+    cfg, seq2seq = model_config(o), o["task"] != "mlm"
+    batch, n = batch_of(o)
+    batch = {name: x.to(trainer.device()) for name, x in batch.items()}
+    ours = (Seq2Seq if seq2seq else MaskedLM)(cfg)
+    labels = batch["tgt_out" if seq2seq else "labels"]
+    if o["who"] == "ours":
+        model: nn.Module = ours
+        if o["frozen"]:
+            trainer.freeze_encoder(model, True)
+    elif o["who"] == "transformers":
+        model = hf_model(ours)
+    else:
+        model = Plain(cfg, seq2seq)
+    model.to(trainer.device())
+    if o["compile"]:
+        if o["who"] == "ours":
+            for block in trainer._blocks(model):
+                block.compile()
+        else:
+            model.compile()
+
+    def loss() -> Tensor:
+        if o["who"] == "ours":
+            return model(**batch) / n
+        if o["who"] == "transformers":
+            more = {"decoder_input_ids": batch["tgt_in"]} if seq2seq else {}
+            return model(input_ids=batch["src"], labels=labels, **more).loss
+        return model(batch["src"], labels, batch.get("tgt_in"))
+
+    model.train()
+    if o["frozen"]:
+        trainer.freeze_encoder(model, True)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, (0.9, 0.98), eps=1e-6, weight_decay=0.1, fused=True)
+
+    def update() -> None:
+        with trainer._autocast(o["dtype"]):
+            value = loss()
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    return update
+
+
+def searcher(o: dict) -> Callable[[], None]:
+    """Generation of `new` tokens for each row of a batch, by ours or by transformers."""
+    torch.manual_seed(0)
+    cfg, ids = model_config(o), SpecialIds(o["vocab"])
+    ours = Seq2Seq(cfg).eval().to(trainer.device())
+    src = torch.randint(ids.ordinary, o["vocab"], (o["rows"], 64), device=trainer.device())
+    if o["who"] == "ours":  # an end that never comes: both make all tokens
+        return lambda: generate(ours, src, bos=ids.bos, eos=-1, pad=ids.pad, max_new=o["new"], beams=o["beams"])
+    model = hf_model(ours).eval().to(trainer.device())
+    options = dict(max_new_tokens=o["new"], min_new_tokens=o["new"], num_beams=o["beams"], do_sample=False)
+    options |= dict(decoder_start_token_id=ids.bos, early_stopping=False)
+    mask = torch.ones_like(src)
+    return lambda: model.generate(src, attention_mask=mask, **options)
+
+
+def work(o: dict) -> None:
+    """A contender's process: for each number read from stdin so many updates, their seconds written to stdout."""
+    act = searcher(o) if o["task"] == "generate" else contender(o)
+    for line in sys.stdin:
+        began = time.perf_counter()
+        for _ in range(int(line)):
+            act()
+        seconds = time.perf_counter() - began
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        print(seconds, peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, flush=True)
+
+
+# Rounds -------------------------------------------------------------------------------------------------------------
+
+
+def take_turns(options: list[dict], rounds: int, times: int, warm: int = 2) -> list[tuple[float, float]]:
+    """(median seconds of one act, peak bytes) of each contender; they take turns and are then ended."""
+    line = [sys.executable, __file__, "--work"]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    processes = [subprocess.Popen([*line, json.dumps(o)], **pipes) for o in options]
+
+    def ask(process: subprocess.Popen, n: int) -> list[float]:
+        process.stdin.write(f"{n}\n")
+        process.stdin.flush()
+        answer = process.stdout.readline().split()
+        return [float(x) for x in answer] if answer else [float("nan"), float("nan")]
+
+    for process in processes:
+        ask(process, warm)
+    seen = [[ask(process, times) for process in processes] for _ in range(rounds)]
+    for process in processes:
+        process.stdin.close()
+        process.wait()
+    return [
+        (statistics.median(row[k][0] for row in seen) / times, max(row[k][1] for row in seen))
+        for k in range(len(options))
+    ]
+
+
+def matmul_rate(dtype: str, n: int = 2048) -> float:
+    """FLOPs a second of a product of two n x n matrices: the best of ten."""
+    a = torch.randn(n, n, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32, device=trainer.device())
+    seconds = []
+    for _ in range(10):
+        began = time.perf_counter()
+        a @ a
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return 2 * n**3 / min(seconds)
+
+
+BASE = dict(preset="tiny", vocab=16000, rows=32, length=128, dropout=0.0, compile=False, frozen=False)
+
+
+def training(task: str, rounds: int, preset: str = "tiny", others: tuple = ("transformers", "plain"), **more) -> None:
+    """A line for each contender in each dtype."""
+    for dtype in ("bf16", "fp32"):
+        o = BASE | dict(task=task, preset=preset, dtype=dtype, **more)
+        who = ["ours", *others]
+        found = take_turns([o | {"who": x} for x in who], rounds, 3)
+        flops = trainer.batch_flops(model_config(o), batch_of(o)[0])
+        peak = matmul_rate(dtype)
+        print(
+            f"{task}, {preset}, {dtype}{', compiled' * o['compile']}: ours does {flops / found[0][0] / peak:.1%}",
+            end=" ",
+        )
+        print(f"of the {peak / 1e9:,.0f} GFLOP/s of a large product")
+        for name, (seconds, memory) in zip(who, found):
+            speed = f"{o['rows'] * o['length'] / seconds:9,.0f} tokens/s, {memory / 2**20:6,.0f} MB"
+            ratios = f"{seconds / found[0][0]:.2f} x the time, {memory / found[0][1]:.2f} x the memory of ours"
+            print(f"  {name:13} {speed}   {ratios * (name != 'ours')}", flush=True)
+
+
+def frozen(rounds: int) -> None:
+    """The second stage, its encoder frozen and not."""
+    for dtype in ("bf16", "fp32"):
+        o = BASE | dict(task="denoise", who="ours", dtype=dtype)
+        (a, _), (b, _) = take_turns([o | {"frozen": True}, o], rounds, 3)
+        print(f"second stage, tiny, {dtype}: frozen {a:.3f} s, unfrozen {b:.3f} s an update: {a / b:.2f}", flush=True)
+
+
+def generation(rounds: int) -> None:
+    for beams, new in ((1, 256), (4, 64)):
+        o = BASE | dict(task="generate", beams=beams, new=new, dtype="fp32")
+        found = take_turns([o | {"who": who} for who in ("ours", "transformers")], rounds, 1, warm=1)
+        speeds = [o["rows"] * new / seconds for seconds, _ in found]
+        print(
+            f"generation, tiny, beams {beams}, {new} tokens, 32 rows: ours {speeds[0]:,.0f} tokens/s, "
+            f"transformers {speeds[1]:,.0f}: {speeds[0] / speeds[1]:.2f} x",
+            flush=True,
+        )
+
+
+def t5_noise(length: int, density: float, mean: float, rng: np.random.Generator) -> np.ndarray:
+    """T5's span corruption from its definition (Raffel et al. 2020, 3.1.4): as many noise spans as clean ones, their
+    lengths random compositions; True where noise is.
+    """
+    n_noise = max(1, round(length * density))
+    n_spans = max(1, round(n_noise / mean))
+
+    def composition(total: int) -> np.ndarray:
+        starts = rng.permutation(np.arange(total - 1) < n_spans - 1)
+        return np.bincount(np.cumsum(np.concatenate([[False], starts])), minlength=n_spans)
+
+    lengths = np.stack([composition(length - n_noise), composition(n_noise)], 1).flatten()
+    return np.repeat(np.arange(2 * n_spans) % 2 == 1, lengths)
+
+
+def noise(rounds: int) -> None:
+    """Tokens a second of the objectives on one core, beside the collator of transformers and T5's definition."""
+    torch.set_num_threads(1)
+    from tokenizers import Tokenizer, models
+    from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
+
+    ids, rng, n = SpecialIds(16000), np.random.default_rng(0), 400
+    rows = rng.integers(ids.ordinary, 16000, (n, 512))
+    vocabulary = {f"w{i}": i for i in range(16000 - 2)} | {"<pad>": 15998, "<mask>": 15999}
+    their = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, "<pad>")), pad_token="<pad>", mask_token="<mask>"
+    )
+    collator = DataCollatorForLanguageModeling(their, mlm_probability=0.15)
+    tensors = [{"input_ids": torch.from_numpy(row)} for row in rows]
+    acts = {
+        "mask_tokens": lambda: [mask_tokens(row, sample_rng(0, 0, i), ids) for i, row in enumerate(rows)],
+        "collator of transformers": lambda: [collator(tensors[at : at + 32]) for at in range(0, n, 32)],
+        "noise_row, drop": lambda: [noise_row(row, sample_rng(0, 0, i), ids, "drop") for i, row in enumerate(rows)],
+        "noise_row, sentinel": lambda: [noise_row(r, sample_rng(0, 0, i), ids, "sentinel") for i, r in enumerate(rows)],
+        "T5's spans, the mask alone": lambda: [t5_noise(512, 0.15, 3.0, np.random.default_rng(i)) for i in range(n)],
+    }
+    seen: dict[str, list[float]] = {name: [] for name in acts}
+    for _ in range(rounds + 1):
+        for name, act in acts.items():
+            began = time.perf_counter()
+            act()
+            seen[name].append(time.perf_counter() - began)
+    for name, seconds in seen.items():
+        median = statistics.median(seconds[1:])
+        print(f"{name:28} {n * 512 / median / 1e6:6.2f}M tokens/s, {n / median:8,.0f} rows of 512/s", flush=True)
+
+
+def checkpoints(rounds: int) -> None:
+    """Seconds and peak memory of saving and loading the paper's seq2seq model, in processes of their own."""
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import resource, time
+from dataclasses import asdict
+from pathlib import Path
+import data
+from checkpoint import *
+from model import PRESETS
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+data.prepare(data.SAMPLE_TEXT, Path("D"), **data.SAMPLE_OPTIONS)
+cfg, path = ModelConfig(data.SAMPLE_OPTIONS["vocab_size"], max_len=512, **PRESETS["paper"]), Path("x.pt")
+model = Seq2Seq(cfg)
+content = dict(kind="seq2seq", config=asdict(cfg), weights=model.state_dict(), history=[])
+before, began = peak(), time.perf_counter()
+save_checkpoint(path, content | dict(tokenizer=Path("D/tokenizer.model").read_bytes()))
+seconds, size = time.perf_counter() - began, path.stat().st_size / 1e9
+print(f"save {{size:.2f}} GB: {{seconds:.1f}} s, peak memory +{{peak() - before:.2f}} GB")
+del model, content
+began = time.perf_counter()
+load_checkpoint(path)
+print(f"load, every byte checked: {{time.perf_counter() - began:.1f}} s")
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+        print(f"paper preset, with the 4,000 pieces of the embedded corpus\n{done.stdout}", end="", flush=True)
+
+
+def first_step(rounds: int) -> None:
+    """Seconds from the start of the command to the first update, on shards of 10 MB and of 10 GB; peak memory."""
+    for size in (10**7, 10**10):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data; from pathlib import Path; "
+            code += "data.prepare(data.SAMPLE_TEXT, Path('D'), **data.SAMPLE_OPTIONS)"
+            subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, capture_output=True)
+            meta = json.loads((folder / "D" / "meta.json").read_text())
+            for entry in meta["languages"].values():  # holes in the file: zeros that take no room on the disk
+                shard = entry["train"][0]
+                shard[1] = size // 2 // len(meta["languages"])
+                path = folder / "D" / shard[0]
+                with open(path, "r+b") as file:
+                    file.seek(24)
+                    file.write(shard[1].to_bytes(8, "little"))
+                os.truncate(path, 32 + 2 * shard[1])
+            (folder / "D" / "meta.json").write_text(json.dumps(meta))
+            line = [sys.executable, str(ROOT / "train_encoder.py"), "--data", "D", "--steps", "20", "--batch-size", "8"]
+            began = time.perf_counter()
+            process = subprocess.Popen(line, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            first = process.stdout.readline()
+            seconds = time.perf_counter() - began
+            with open(f"/proc/{process.pid}/status") as file:
+                memory = next(int(x.split()[1]) for x in file if x.startswith("VmHWM")) / 1024
+            process.kill()
+            process.wait()
+            print(
+                f"{size / 1e9:5.2f} GB of shards: {seconds:.1f} s to {first.split(':')[0]!r}, {memory:,.0f} MB",
+                flush=True,
+            )
+
+
+def lengths(rounds: int) -> None:
+    """Seconds a token against row length, measured and by the ledger's formula."""
+    costs = []
+    for length in (128, 256, 512, 1024, 2048):
+        o = BASE | dict(task="mlm", who="ours", dtype="fp32", length=length, rows=4096 // length)
+        ((seconds, _),) = take_turns([o], rounds, 2)
+        costs.append((length, seconds / 4096, trainer.batch_flops(model_config(o), batch_of(o)[0]) / 4096))
+    for length, seconds, flops in costs:
+        print(
+            f"rows of {length:4}: {seconds * 1e6:6.1f} us a token, {seconds / costs[0][1]:.2f} of that at 128; "
+            f"by formula {flops / costs[0][2]:.2f}",
+            flush=True,
+        )
+
+
+def vocabulary(rounds: int) -> None:
+    """Peak memory of the de-noising update against vocabulary and rows."""
+    for vocab in (16_000, 150_000):
+        for rows in (8, 32):
+            options = BASE | dict(task="denoise", vocab=vocab, rows=rows, dtype="bf16")
+            who = ("ours", "transformers")
+            found = take_turns([options | {"who": x} for x in who], 1, 1, warm=1)
+            figures = [f"{x} {memory / 2**20:,.0f} MB, {seconds:.2f} s" for x, (seconds, memory) in zip(who, found)]
+            print(f"de-noising, tiny, {vocab:,} pieces, {rows} rows of 128: {', '.join(figures)}", flush=True)
+
+
+PARTS: dict[str, Callable[[int], None]] = {
+    "mlm": lambda rounds: training("mlm", rounds),
+    "denoise": lambda rounds: training("denoise", rounds),
+    "small": lambda rounds: training("mlm", rounds, "small", others=("transformers",)),
+    "compiled": lambda rounds: training("mlm", rounds, others=("transformers",), compile=True),
+    "frozen": frozen,
+    "vocabulary": vocabulary,
+    "generation": generation,
+    "noise": noise,
+    "lengths": lengths,
+    "first-step": first_step,
+    "checkpoints": checkpoints,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="parts to measure (default: all)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender (default %(default)s)")
+    parser.add_argument("--work", help=argparse.SUPPRESS)  # one contender's process
+    args = parser.parse_args()
+    if args.work:
+        work(json.loads(args.work))
+        return
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    print(f"torch {torch.__version__}, {name}, {args.rounds} rounds")
+    for part in args.only or PARTS:
+        PARTS[part](args.rounds)
+
+
+if __name__ == "__main__":
+    main()
