@@ -212,7 +212,7 @@ def run_task(args: argparse.Namespace) -> None:
         checkpoint=str(args.checkpoint), kind=checkpoint["kind"], history=checkpoint["history"], task=args.task
     )
     about |= dict(data=str(folder), train_lang=args.train_lang, **how)
-    lrs, results = args.lr or [0.005 / math.sqrt(body.cfg.d_model)], []
+    lrs, results = args.lr or [0.016 / math.sqrt(body.cfg.d_model)], []
     append(args.out, [])
     for result in tasks.evaluate(job, body, lrs, args.seeds, test):
         results.append(result)
@@ -230,7 +230,8 @@ def append(path: Path | None, rows: list[dict]) -> None:
             raise InputError(f"{path}: cannot be written ({error.strerror}); name another --out") from None
 
 
-def main() -> None:
+def _parse_flags() -> argparse.Namespace:
+    """The command line. Raises InputError for a number out of range."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="enc.pt or seq2seq.pt; with --report results.jsonl")
     parser.add_argument("more", nargs="*", help="a sentence for fill (with <mask>) or generate; checkpoints for cost")
@@ -249,7 +250,7 @@ def main() -> None:
     group = parser.add_argument_group("fine-tuning, for tasks")
     group.add_argument("--train-lang", default="en", help="language to train on (default %(default)s)")
     group.add_argument("--seeds", type=int, default=1, help="fine-tunings, from 0 on (default %(default)s)")
-    group.add_argument("--lr", type=float, nargs="+", help="peak rates to try (default 0.005 / sqrt(d_model))")
+    group.add_argument("--lr", type=float, nargs="+", help="peak rates to try (default 0.016 / sqrt(d_model))")
     group.add_argument("--epochs", type=int, default=0, help="0: 3, or as many as 500 updates take (default 0)")
     group.add_argument("--batch-size", type=int, default=32, help="rows an update (default %(default)s)")
     group.add_argument("--freeze-encoder", action="store_true", help="train the heads alone, on a fusion of all layers")
@@ -259,6 +260,11 @@ def main() -> None:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least {least}")
     if args.lr and not min(args.lr) > 0:
         raise InputError(f"--lr {min(args.lr)}: it must be over 0")
+    return args
+
+
+def main() -> None:
+    args = _parse_flags()
     if rank() > 0:
         return  # what torchrun starts beside the first process: one does all
     if args.report:

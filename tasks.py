@@ -653,7 +653,10 @@ def task_table(results: list[dict], tasks: list[str]) -> str:
 def report(path: Path, out: Path) -> None:
     """Writes tables.md and, where matplotlib is installed, figures of scores and losses against compute."""
     results = read_results(path)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be made ({error.strerror}); name another --report") from None
     encoder = [task for task in METRICS if task not in GENERATION]
     text = "# Encoder tasks\n\n" + task_table(results, encoder)
     text += "\n# Generation tasks\n\n" + task_table(results, list(GENERATION))

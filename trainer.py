@@ -309,17 +309,13 @@ def _restore(model: nn.Module, optimizers: list[torch.optim.Optimizer], state: d
         for optimizer, stored in zip(optimizers, state["optimizers"], strict=True):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             for i, of_one in stored.items():
-                if of_one.keys() != STATE[type(optimizer)] or {x.shape for x in of_one.values()} - {
-                    parameters[i].shape,
-                    (),
-                }:
+                shapes = {x.shape for x in of_one.values()}
+                if of_one.keys() != STATE[type(optimizer)] or shapes - {parameters[i].shape, ()}:
                     raise ValueError
                 stored[i] = {name: _like(x, parameters[i]) for name, x in of_one.items()}
             optimizer.load_state_dict(optimizer.state_dict() | {"state": stored})
     except (AttributeError, IndexError, TypeError, ValueError):
-        raise InputError(
-            f"{path}: its optimizer state does not fit its weights; remove it, an older one may be there"
-        ) from None
+        raise InputError(f"{path}: the optimizer state of its newest checkpoint does not fit; remove that") from None
 
 
 def _sum_over_ranks(values: list[float]) -> list[float]:
@@ -506,10 +502,8 @@ LOST = {  # what torch says of it
 }
 
 
-def _fit(
-    run: Run, model: nn.Module, objective: Objective, frozen: Callable[[int], bool], log: "_Log", told_to_stop: list
-) -> None:
-    cfg, data = run.train, run.data
+def _set_up(model: nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Brings the model to its device, in the form that the flags ask for, and makes its optimizers."""
     model.to(device())
     for stack in model.children():
         if hasattr(stack, "blocks"):
@@ -519,7 +513,14 @@ def _fit(
             block.compile()
     if dist.is_initialized() and cfg.parallel == "fsdp":
         _shard(model, cfg.dtype)
-    optimizers = _optimizers(model, cfg)
+    return _optimizers(model, cfg)
+
+
+def _fit(
+    run: Run, model: nn.Module, objective: Objective, frozen: Callable[[int], bool], log: "_Log", told_to_stop: list
+) -> None:
+    cfg, data = run.train, run.data
+    optimizers = _set_up(model, cfg)
     spent = {"steps": 0, "tokens": 0, "flops": 0.0, "seconds": 0.0, "skipped": 0}
     if run.state:
         spent = spent | run.state["spent"]

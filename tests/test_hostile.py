@@ -222,6 +222,7 @@ CHECKPOINTS = {
 
 # Checkpoints to resume from ----------------------------------------------------------------------------------------
 
+NO_FIT = "optimizer state of its newest checkpoint does not fit"
 RESUME = "enc.run/000000002.pt"
 
 
@@ -239,14 +240,14 @@ def first_state(content: dict) -> dict:
 
 STATES = {
     "no optimizer state": (resume(lambda c: c.pop("optimizers")), "not a checkpoint"),
-    "optimizers that are a number": (resume(lambda c: c.update(optimizers=5)), "optimizer state does not fit"),
-    "an optimizer too many": (resume(lambda c: c["optimizers"].append({})), "optimizer state does not fit"),
-    "a parameter too many": (resume(lambda c: c["optimizers"][0].update({999: {}})), "optimizer state does not fit"),
+    "optimizers that are a number": (resume(lambda c: c.update(optimizers=5)), NO_FIT),
+    "an optimizer too many": (resume(lambda c: c["optimizers"].append({})), NO_FIT),
+    "a parameter too many": (resume(lambda c: c["optimizers"][0].update({999: {}})), NO_FIT),
     "a moment of another shape": (
-        resume(lambda c: first_state(c).update(exp_avg=torch.ones(3))), "optimizer state does not fit"
+        resume(lambda c: first_state(c).update(exp_avg=torch.ones(3))), NO_FIT
     ),
-    "a moment that is a string": (resume(lambda c: first_state(c).update(exp_avg="x")), "optimizer state does not fit"),
-    "a moment too few": (resume(lambda c: first_state(c).pop("exp_avg")), "optimizer state does not fit"),
+    "a moment that is a string": (resume(lambda c: first_state(c).update(exp_avg="x")), NO_FIT),
+    "a moment too few": (resume(lambda c: first_state(c).pop("exp_avg")), NO_FIT),
     "a moment that claims more": (
         resume(lambda c: first_state(c).update(exp_avg=torch.zeros(1, 1).expand(1000, 32))), "do not fit each other"
     ),
