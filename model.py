@@ -131,14 +131,28 @@ class DecoderBlock(nn.Module):
         if cache is None:
             cross_kv = self.cross.keys_values(enc_out)  # [B, H, S, K]
         else:
-            if "self" in cache:
-                k, v = (torch.cat([old, new], dim=2) for old, new in zip(cache["self"], (k, v)))
-            else:
-                cache["cross"] = self.cross.keys_values(enc_out)
-            cache["self"], cross_kv = (k, v), cache["cross"]
+            k, v = self._remember(cache, k, v, enc_out)
+            cross_kv = cache["cross"]
         x = x + self.dropout(self.attn(h, k, v, causal=cache is None))
         x = x + self.dropout(self.cross(self.cross_norm(x), *cross_kv, mask))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))  # [B, T, D]
+
+    def _remember(self, cache: dict, k: Tensor, v: Tensor, enc_out: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds a position's keys and values [B, H, 1, K] to the cache; returns all [B, H, T, K].
+
+        The room for them doubles when it is full: to append by copying would cost T copies of T positions.
+        """
+        n = cache.get("length", 0)
+        if n == 0:
+            cache["self"] = k.clone(), v.clone()
+            cache["cross"] = tuple(x.contiguous() for x in self.cross.keys_values(enc_out))
+        elif n == cache["self"][0].shape[2]:
+            cache["self"] = tuple(torch.cat([x, torch.empty_like(x)], dim=2) for x in cache["self"])
+        for room, new in zip(cache["self"], (k, v)):
+            room[:, :, n : n + 1] = new
+        cache["length"] = n + 1
+        k, v = (x[:, :, : n + 1] for x in cache["self"])
+        return k, v
 
 
 def _run(block: nn.Module, checkpointing: bool, *inputs: object) -> Tensor:
@@ -206,7 +220,7 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(cfg.d_model)
 
     def forward(self, embedded: Tensor, enc_out: Tensor, src_mask: Tensor | None, cache: list | None) -> Tensor:
-        start = cache[0]["self"][0].shape[2] if cache and "self" in cache[0] else 0
+        start = cache[0].get("length", 0) if cache else 0
         x = self.dropout(embedded + self.positions.weight[start : start + embedded.shape[1]])  # [B, T, D]
         mask = None if src_mask is None else src_mask[:, None, None, :]  # [B, 1, 1, S]
         for i, block in enumerate(self.blocks):
@@ -372,16 +386,16 @@ def generate(
         enc_out = enc_out.repeat_interleave(beams, 0)  # [B * beams, S, D]
         src_mask = None if src_mask is None else src_mask.repeat_interleave(beams, 0)
 
-    def next_log_probs(tokens: Tensor) -> Tensor:  # [N, T] -> [N, V]
+    def next_logits(tokens: Tensor) -> Tensor:  # [N, T] -> [N, V]
         hidden = model.decode(tokens[:, -1:] if use_cache else tokens, enc_out, src_mask, cache)[:, -1]
-        return F.linear(hidden, model.embed.weight).float().log_softmax(-1)
+        return F.linear(hidden, model.embed.weight).float()
 
     tokens = torch.full((len(enc_out), 1), bos, device=src.device)
     if beams > 1:
-        return _beam_search(next_log_probs, tokens, cache, beams, eos, pad, max_new, length_penalty)
+        return _beam_search(next_logits, tokens, cache, beams, eos, pad, max_new, length_penalty)
     done = torch.zeros(len(src), dtype=torch.bool, device=src.device)
     for _ in range(max_new):
-        token = next_log_probs(tokens).argmax(-1).masked_fill(done, pad)  # [B]
+        token = next_logits(tokens).argmax(-1).masked_fill(done, pad)  # [B]
         tokens = torch.cat([tokens, token[:, None]], 1)
         done |= token == eos
         if done.all():
@@ -389,7 +403,7 @@ def generate(
     return tokens[:, 1:]
 
 
-def _beam_search(next_log_probs, tokens, cache, k, eos, pad, max_new, length_penalty) -> Tensor:
+def _beam_search(next_logits, tokens, cache, k, eos, pad, max_new, length_penalty) -> Tensor:
     """Keeps the k best unfinished hypotheses of each source and the k best finished ones; tokens is [B * k, 1]."""
     n = len(tokens) // k  # sources, B
     score = torch.full((n, k), -torch.inf, device=tokens.device)
@@ -405,7 +419,7 @@ def _beam_search(next_log_probs, tokens, cache, k, eos, pad, max_new, length_pen
         best.copy_(torch.cat([best, sequences], 1).gather(1, at[:, :, None].expand_as(best)))
 
     for length in range(1, max_new + 1):
-        log_probs = next_log_probs(tokens)  # [B * k, V]
+        log_probs = next_logits(tokens).log_softmax(-1)  # [B * k, V]
         vocab = log_probs.shape[1]
         # Of 2k candidates at most k end here, so k unfinished ones are left.
         top, at = (score.view(-1, 1) + log_probs).view(n, -1).topk(2 * k)  # [B, 2k]
