@@ -1,12 +1,13 @@
 # make demo   environment, then the three commands on the embedded corpus, into demo/
 # make test   environment, then the tests
+# make bench  speed and memory beside transformers and nn.Transformer (about half an hour)
 # make soak   200 kills of training runs at random instants, each resumed (about 10 minutes)
 # make fuzz   125,000 damaged files into every reader (about 15 minutes)
 
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
 
-.PHONY: demo test soak fuzz clean
+.PHONY: demo test bench soak fuzz clean
 
 .venv/ready: requirements.txt tests/requirements.txt
 	$(PYTHON) -m venv .venv
@@ -24,6 +25,10 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest
+
+bench: .venv/ready
+	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/python benchmarks/scaling.py
 
 soak: .venv/ready
 	$(BIN)/python tests/soak.py --kills 200
