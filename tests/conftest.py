@@ -50,6 +50,27 @@ def command(monkeypatch, tmp_path) -> Callable[..., None]:
     return run
 
 
+@pytest.fixture(scope="session")
+def tokenizer(data_dir):
+    return data.load_tokenizer((data_dir / "tokenizer.model").read_bytes(), "x")
+
+
+@pytest.fixture(scope="session")
+def ids(tokenizer):
+    return data.SpecialIds(tokenizer.vocab_size())
+
+
+@pytest.fixture
+def checkpoints(command, data_dir, tmp_path) -> Path:
+    """A folder with enc.pt and, on top of it, seq2seq.pt, of two steps each."""
+    import train_encoder
+    import train_seq2seq
+
+    command(train_encoder, "--data", data_dir, *SMALL, *ROWS, "--steps", 2, "--out", "enc.pt")
+    command(train_seq2seq, "--data", data_dir, *ROWS, "--init", "enc.pt", "--steps", 2, "--out", "seq2seq.pt")
+    return tmp_path
+
+
 @pytest.fixture
 def script(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
     """Runs a script in a process of its own, as a user does."""

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data
-from data import InputError, TokenData, document_text, find_text, load_tokenizer, permuted, prepare, raw_documents
+from data import InputError, TokenData, document_text, find_text, permuted, prepare, raw_documents
 
 LANGUAGES = ["ar", "de", "en", "es", "fr", "hi", "it", "ja", "mr", "pt", "ta", "te"]
 
@@ -97,11 +97,6 @@ def test_a_line_too_long_is_refused(tmp_path, monkeypatch):
 
 
 # Tokenizer ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tokenizer(data_dir):
-    return load_tokenizer((data_dir / "tokenizer.model").read_bytes(), "x")
 
 
 def test_special_tokens_have_fixed_ids(tokenizer):

@@ -7,29 +7,10 @@ import torch
 from conftest import ROWS, SMALL
 
 import eval as evaluation
-import train_encoder
 import train_seq2seq
 import trainer
 from checkpoint import load_checkpoint, load_model
-from data import InputError, TokenData, load_tokenizer
-from objectives import SpecialIds
-
-
-@pytest.fixture(scope="module")
-def tokenizer(data_dir):
-    return load_tokenizer((data_dir / "tokenizer.model").read_bytes(), "x")
-
-
-@pytest.fixture(scope="module")
-def ids(tokenizer):
-    return SpecialIds(tokenizer.vocab_size())
-
-
-@pytest.fixture
-def checkpoints(command, data_dir, tmp_path):
-    command(train_encoder, "--data", data_dir, *SMALL, *ROWS, "--steps", 2, "--out", "enc.pt")
-    command(train_seq2seq, "--data", data_dir, *ROWS, "--init", "enc.pt", "--steps", 2, "--out", "seq2seq.pt")
-    return tmp_path
+from data import InputError, TokenData
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, ROWS, SMALL
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score import rouge_scorer
@@ -19,11 +19,9 @@ from sklearn.metrics import accuracy_score
 import eval as evaluation
 import extract
 import tasks
-import train_encoder
 import train_seq2seq
 from checkpoint import load_model
-from data import InputError, load_tokenizer
-from objectives import SpecialIds
+from data import InputError
 from tasks import Item, entities, rouge, scores, windows
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -48,23 +46,6 @@ UPOS = [
     "X",
 ]
 BIO = [f"{x}-{y}" for x in "BIES" for y in ("PER", "LOC", "a-b")] + ["O", "O", "I-ORG", "B", "I"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(data_dir):
-    return load_tokenizer((data_dir / "tokenizer.model").read_bytes(), "x")
-
-
-@pytest.fixture(scope="module")
-def ids(tokenizer):
-    return SpecialIds(tokenizer.vocab_size())
-
-
-@pytest.fixture
-def checkpoints(command, data_dir, tmp_path):
-    command(train_encoder, "--data", data_dir, *SMALL, *ROWS, "--steps", 2, "--out", "enc.pt")
-    command(train_seq2seq, "--data", data_dir, *ROWS, "--init", "enc.pt", "--steps", 2, "--out", "seq2seq.pt")
-    return tmp_path
 
 
 @pytest.fixture
