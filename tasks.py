@@ -657,12 +657,13 @@ def report(path: Path, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{out}: cannot be made ({error.strerror}); name another --report") from None
-    encoder = [task for task in METRICS if task not in GENERATION]
-    text = "# Encoder tasks\n\n" + task_table(results, encoder)
-    text += "\n# Generation tasks\n\n" + task_table(results, list(GENERATION))
-    (out / "tables.md").write_text(
-        text + "\nMean ± standard deviation over the fine-tuning seeds, in percent.\n", "utf-8"
-    )
+    kinds = {"Encoder": [task for task in METRICS if task not in GENERATION], "Generation": list(GENERATION)}
+    text = ""
+    for kind, names in kinds.items():
+        if any(r["task"] in names for r in results):
+            text += f"# {kind} tasks\n\n{task_table(results, names)}\n"
+    text += "Mean ± standard deviation over the fine-tuning seeds, in percent.\n"
+    (out / "tables.md").write_text(text, "utf-8")
     try:
         import matplotlib
     except ImportError:
