@@ -131,11 +131,8 @@ def _check_content(path: Path, checkpoint: dict) -> None:
                 raise ValueError(f"{name} is {weights[name].dtype}, not float32")
         for stage in checkpoint["history"]:
             numbers = [stage[key] + 0 for key in ("steps", "tokens", "flops", "seconds")]
-            if (
-                not all(0 <= number < 1e30 for number in numbers)
-                or not isinstance(stage["stage"] + "", str)
-                or not isinstance(stage["settings"], dict)
-            ):
+            sound = isinstance(stage["stage"], str) and isinstance(stage["settings"], dict)
+            if not sound or not all(0 <= number < 1e30 for number in numbers):
                 raise ValueError("its history is not one")
         n_pieces = load_tokenizer(checkpoint["tokenizer"], path).vocab_size()
         if n_pieces != cfg.vocab_size:
