@@ -540,16 +540,8 @@ def _fit(
                 old.unlink()
 
     wrapped, not_finite = None, []
-    batches = DataLoader(
-        _Batches(run, objective),
-        batch_size=None,
-        sampler=range(spent["steps"], cfg.steps),
-        collate_fn=lambda examples: examples,
-        num_workers=cfg.workers,
-        multiprocessing_context="fork" if cfg.workers else None,
-    )
     began = time.perf_counter()
-    for step, examples in enumerate(batches, spent["steps"]):
+    for step, examples in enumerate(_batches(run, objective, spent["steps"]), spent["steps"]):
         freeze_encoder(model.train(), frozen(step))
         if wrapped is None or frozen(step) != frozen(step - 1):
             wrapped = _wrap(model)
@@ -591,6 +583,18 @@ class _Batches(Dataset):
         share = cfg.batch_size // _world()
         first = step * cfg.batch_size + rank() * share
         return [self.objective(data.row(i), sample_rng(cfg.seed, NOISE, i)) for i in range(first, first + share)]
+
+
+def _batches(run: Run, objective: Objective, done: int) -> DataLoader:
+    """This process's examples of each step from `done` on, made by --workers processes or as they are asked for."""
+    return DataLoader(
+        _Batches(run, objective),
+        batch_size=None,
+        sampler=range(done, run.train.steps),
+        collate_fn=lambda examples: examples,
+        num_workers=run.train.workers,
+        multiprocessing_context="fork" if run.train.workers else None,
+    )
 
 
 def _wrap(model: nn.Module) -> nn.Module:

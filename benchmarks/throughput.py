@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import trainer  # noqa: E402
+from data import TokenData  # noqa: E402
 from extract import hf_model  # noqa: E402
 from model import PRESETS, MaskedLM, ModelConfig, Seq2Seq, generate  # noqa: E402
 from objectives import SpecialIds, mask_tokens, noise_row, sample_rng  # noqa: E402
@@ -293,7 +294,7 @@ def checkpoints(rounds: int) -> None:
     """Seconds and peak memory of saving and loading the paper's seq2seq model, in processes of their own."""
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
-import resource, time
+import resource, struct, time
 from dataclasses import asdict
 from pathlib import Path
 import data
@@ -301,13 +302,19 @@ from checkpoint import *
 from model import PRESETS
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 data.prepare(data.SAMPLE_TEXT, Path("D"), **data.SAMPLE_OPTIONS)
-cfg, path = ModelConfig(data.SAMPLE_OPTIONS["vocab_size"], max_len=512, **PRESETS["paper"]), Path("x.pt")
+tokenizer = Path("D/tokenizer.model").read_bytes()
+for i in range(data.SAMPLE_OPTIONS["vocab_size"], 150_000):  # protocol buffers put end to end are one: more pieces
+    piece = b"w%06d" % i
+    entry = b"\\x0a" + bytes([len(piece)]) + piece + b"\\x15" + struct.pack("<f", -20.0)
+    tokenizer += b"\\x0a" + bytes([len(entry)]) + entry
+cfg, path = ModelConfig(150_000, max_len=512, **PRESETS["paper"]), Path("x.pt")
 model = Seq2Seq(cfg)
-content = dict(kind="seq2seq", config=asdict(cfg), weights=model.state_dict(), history=[])
+content = dict(kind="seq2seq", config=asdict(cfg), weights=model.state_dict(), history=[], tokenizer=tokenizer)
 before, began = peak(), time.perf_counter()
-save_checkpoint(path, content | dict(tokenizer=Path("D/tokenizer.model").read_bytes()))
+save_checkpoint(path, content)
 seconds, size = time.perf_counter() - began, path.stat().st_size / 1e9
-print(f"save {{size:.2f}} GB: {{seconds:.1f}} s, peak memory +{{peak() - before:.2f}} GB")
+n = sum(p.numel() for p in model.parameters()) / 1e6
+print(f"save {{n:.0f}}M weights, {{size:.2f}} GB: {{seconds:.1f}} s, peak memory +{{peak() - before:.2f}} GB")
 del model, content
 began = time.perf_counter()
 load_checkpoint(path)
@@ -315,7 +322,29 @@ print(f"load, every byte checked: {{time.perf_counter() - began:.1f}} s")
 """
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
-        print(f"paper preset, with the 4,000 pieces of the embedded corpus\n{done.stdout}", end="", flush=True)
+        print(f"paper preset, 150,000 pieces\n{done.stdout}", end="", flush=True)
+
+
+def grown_data(folder: Path, size: int, fill: bool) -> Path:
+    """The embedded corpus's data folder with shards of `size` bytes in all: of random tokens, or of holes that take no
+    room on the disk.
+    """
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data; from pathlib import Path; "
+    code += "data.prepare(data.SAMPLE_TEXT, Path('D'), **data.SAMPLE_OPTIONS)"
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, capture_output=True)
+    meta, rng = json.loads((folder / "D" / "meta.json").read_text()), np.random.default_rng(0)
+    some = rng.integers(300, 4000, 1 << 20).astype(np.uint16)
+    for entry in meta["languages"].values():
+        shard = entry["train"][0]
+        shard[1] = size // 2 // len(meta["languages"])
+        with open(folder / "D" / shard[0], "r+b") as file:
+            file.seek(24)
+            file.write(shard[1].to_bytes(8, "little"))
+            for at in range(0, shard[1], len(some)) if fill else ():
+                file.write(some[: shard[1] - at].tobytes())
+            file.truncate(32 + 2 * shard[1])
+    (folder / "D" / "meta.json").write_text(json.dumps(meta))
+    return folder / "D"
 
 
 def first_step(rounds: int) -> None:
@@ -323,19 +352,7 @@ def first_step(rounds: int) -> None:
     for size in (10**7, 10**10):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data; from pathlib import Path; "
-            code += "data.prepare(data.SAMPLE_TEXT, Path('D'), **data.SAMPLE_OPTIONS)"
-            subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, capture_output=True)
-            meta = json.loads((folder / "D" / "meta.json").read_text())
-            for entry in meta["languages"].values():  # holes in the file: zeros that take no room on the disk
-                shard = entry["train"][0]
-                shard[1] = size // 2 // len(meta["languages"])
-                path = folder / "D" / shard[0]
-                with open(path, "r+b") as file:
-                    file.seek(24)
-                    file.write(shard[1].to_bytes(8, "little"))
-                os.truncate(path, 32 + 2 * shard[1])
-            (folder / "D" / "meta.json").write_text(json.dumps(meta))
+            grown_data(folder, size, fill=False)
             line = [sys.executable, str(ROOT / "train_encoder.py"), "--data", "D", "--steps", "20", "--batch-size", "8"]
             began = time.perf_counter()
             process = subprocess.Popen(line, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -351,6 +368,57 @@ def first_step(rounds: int) -> None:
             )
 
 
+def stream(rounds: int) -> None:
+    """Microseconds a token of batches of noised rows, on one core, against the size of the shards; the share of an
+    update that waits for them.
+    """
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        costs: dict[int, list[float]] = {}
+        for size in (10**7, 10**8, 10**9, 10**10):
+            (folder := Path(name) / str(size)).mkdir()
+            grown_data(folder, size, fill=True)
+        for turn in range(rounds + 1):
+            for size in (10**7, 10**8, 10**9, 10**10):
+                rows = TokenData(Path(name) / str(size) / "D", 128)
+                objective = encoder_objective(rows.ids, MLMConfig())
+                began = time.perf_counter()
+                for i in range(turn * 6400, (turn + 1) * 6400):
+                    objective(rows.row(i), sample_rng(0, 0, i))
+                costs.setdefault(size, []).append((time.perf_counter() - began) / 6400)
+    medians = {size: statistics.median(seconds[1:]) for size, seconds in costs.items()}
+    ((update, _),) = take_turns([BASE | dict(task="mlm", who="ours", dtype="bf16")], rounds, 3)
+    for size, seconds in medians.items():
+        print(
+            f"{size / 1e9:5.2f} GB of shards: {1 / seconds:,.0f} masked rows of 128 a second, "
+            f"{seconds / 128 * 1e6:.3f} us a token, {seconds / medians[10**7]:.2f} of that at 10 MB; "
+            f"32 rows are {32 * seconds / update:.1%} of an update",
+            flush=True,
+        )
+
+
+def encoding(rounds: int) -> None:
+    """Megabytes a second of data.py on the embedded corpus written out 100 times, with a tokenizer at hand."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, seconds = Path(name), []
+        (folder / "text").mkdir()
+        for path in (ROOT / "sample" / "text").glob("*.txt"):
+            (folder / "text" / path.name).write_bytes((path.read_bytes() + b"\n") * 100)
+        size = sum(path.stat().st_size for path in (folder / "text").iterdir())
+        line = [sys.executable, str(ROOT / "data.py")]
+        options = ["--vocab-size", "4000", "--valid-fraction", "0.15"]
+        subprocess.run(
+            [*line, str(ROOT / "sample" / "text"), "first", *options], cwd=folder, check=True, capture_output=True
+        )
+        for turn in range(rounds):
+            began = time.perf_counter()
+            more = ["--tokenizer", "first/tokenizer.model", "--valid-fraction", "0.15"]
+            subprocess.run([*line, "text", f"D{turn}", *more], cwd=folder, check=True, capture_output=True)
+            seconds.append(time.perf_counter() - began)
+        median = statistics.median(seconds)
+        print(f"data.py, {size / 1e6:.0f} MB, start to end: {median:.1f} s, {size / 1e6 / median:.1f} MB/s", flush=True)
+
+
 def lengths(rounds: int) -> None:
     """Seconds a token against row length, measured and by the ledger's formula."""
     costs = []
@@ -364,6 +432,19 @@ def lengths(rounds: int) -> None:
             f"by formula {flops / costs[0][2]:.2f}",
             flush=True,
         )
+    try:
+        from matplotlib import pyplot as plt
+    except ImportError:
+        print("for the figure: pip install matplotlib")
+        return
+    figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    for k, style, label in ((1, "o-", "measured"), (2, "s--", "the ledger's formula")):
+        axes.plot([c[0] for c in costs], [c[k] / costs[0][k] for c in costs], style, label=label)
+    axes.set(xlabel="tokens a row", ylabel="cost of a token, 128 is 1", xscale="log", xticks=[c[0] for c in costs])
+    axes.set_xticklabels([str(c[0]) for c in costs])
+    axes.minorticks_off()
+    axes.legend()
+    figure.savefig(ROOT / "benchmarks" / "row-length.png", dpi=120)
 
 
 def vocabulary(rounds: int) -> None:
@@ -388,6 +469,8 @@ PARTS: dict[str, Callable[[int], None]] = {
     "noise": noise,
     "lengths": lengths,
     "first-step": first_step,
+    "stream": stream,
+    "encoding": encoding,
     "checkpoints": checkpoints,
 }
 
