@@ -8,7 +8,7 @@ python eval.py fused.pt --task fusion                            # what --fusion
 python eval.py enc.pt seq2seq.pt --task cost                     # what they cost, and saved
 python eval.py enc.pt --task slots                               # fine-tuned and scored (tasks.py); also nli pos ner
 python eval.py seq2seq.pt --task parse --data DIR --seeds 3 --out results.jsonl    # also summ
-python eval.py results.jsonl --report OUT                        # the tables of the paper, and figures
+python eval.py results.jsonl --report OUT                        # the tables of the paper, and figures; of many files
 """
 
 import argparse
@@ -16,6 +16,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -108,16 +109,17 @@ def print_sample(kind: str, model: nn.Module, data: TokenData, languages: list[s
 
 
 def print_losses(
-    args, kind: str, model: nn.Module, data: TokenData, languages: list[str], objective, dtype: str
+    args, checkpoint: dict, model: nn.Module, data: TokenData, languages: list[str], objective, dtype: str
 ) -> None:
+    """The held-out loss of each language; every number goes to --out."""
     losses = trainer.held_out_loss(model, data, languages, objective, dtype)
     entropies = {language: data.unigram_entropy(language) for language in losses}
     print("language   rows   loss  perplexity  unigram entropy")
     for language, loss in losses.items():
         rows, entropy = data.n_valid_rows(language), entropies[language]
         print(f"{language:8} {rows:6} {loss:6.3f} {math.exp(loss):11.1f} {entropy:16.3f}")
-        about = {"checkpoint": str(args.checkpoint), "kind": kind, "task": "loss"}
-        append(args.out, [about | {"language": language, "loss": loss}])
+        about = {"checkpoint": str(args.checkpoint), "kind": checkpoint["kind"], "history": checkpoint["history"]}
+        append(args.out, [about | {"task": "loss", "language": language, "loss": loss}])
     mean = sum(losses.values()) / len(losses)
     print(f"mean            {mean:6.3f} {'':11} {sum(entropies.values()) / len(losses):16.3f}")
 
@@ -201,6 +203,9 @@ def run_task(args: argparse.Namespace) -> None:
     languages = tasks.languages_of(folder, args.train_lang, args.langs)
     body, checkpoint = load_model(args.checkpoint, *(["seq2seq"] if args.task in tasks.GENERATION else []))
     train, dev = (tasks.read_split(args.task, folder, args.train_lang, split) for split in ("train", "dev"))
+    if args.n_train:
+        chosen = np.random.default_rng(0).permutation(len(train))[: args.n_train]
+        train = [train[i] for i in sorted(chosen)]
     test = {language: tasks.read_split(args.task, folder, language, "test") for language in languages}
     tokenizer = load_tokenizer(checkpoint["tokenizer"], args.checkpoint)
     dtype = checkpoint["history"][-1]["settings"].get("dtype", "fp32") if checkpoint["history"] else "fp32"
@@ -211,7 +216,7 @@ def run_task(args: argparse.Namespace) -> None:
     about = dict(
         checkpoint=str(args.checkpoint), kind=checkpoint["kind"], history=checkpoint["history"], task=args.task
     )
-    about |= dict(data=str(folder), train_lang=args.train_lang, **how)
+    about |= dict(data=str(folder), train_lang=args.train_lang, n_train=len(train), **how)
     lrs, results = args.lr or [0.016 / math.sqrt(body.cfg.d_model)], []
     append(args.out, [])
     for result in tasks.evaluate(job, body, lrs, args.seeds, test):
@@ -234,7 +239,9 @@ def _parse_flags() -> argparse.Namespace:
     """The command line. Raises InputError for a number out of range."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="enc.pt or seq2seq.pt; with --report results.jsonl")
-    parser.add_argument("more", nargs="*", help="a sentence for fill (with <mask>) or generate; checkpoints for cost")
+    parser.add_argument(
+        "more", nargs="*", help="a sentence for fill (with <mask>) or generate; checkpoints for cost; results"
+    )
     parser.add_argument(
         "--task",
         choices=("loss", "fill", "generate", "fusion", "cost", *tasks.METRICS),
@@ -249,13 +256,14 @@ def _parse_flags() -> argparse.Namespace:
     parser.add_argument("--report", type=Path, metavar="DIR", help="tables and figures from such a file")
     group = parser.add_argument_group("fine-tuning, for tasks")
     group.add_argument("--train-lang", default="en", help="language to train on (default %(default)s)")
+    group.add_argument("--n-train", type=int, default=0, help="train on that many items, by lot; 0: all (default 0)")
     group.add_argument("--seeds", type=int, default=1, help="fine-tunings, from 0 on (default %(default)s)")
     group.add_argument("--lr", type=float, nargs="+", help="peak rates to try (default 0.016 / sqrt(d_model))")
     group.add_argument("--epochs", type=int, default=0, help="0: 3, or as many as 500 updates take (default 0)")
     group.add_argument("--batch-size", type=int, default=32, help="rows an update (default %(default)s)")
     group.add_argument("--freeze-encoder", action="store_true", help="train the heads alone, on a fusion of all layers")
     args = parser.parse_intermixed_args()
-    for name, least in (("beams", 1), ("seeds", 1), ("epochs", 0), ("batch_size", 1)):
+    for name, least in (("beams", 1), ("seeds", 1), ("epochs", 0), ("n_train", 0), ("batch_size", 1)):
         if getattr(args, name) < least:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least {least}")
     if args.lr and not min(args.lr) > 0:
@@ -268,7 +276,7 @@ def main() -> None:
     if rank() > 0:
         return  # what torchrun starts beside the first process: one does all
     if args.report:
-        tasks.report(args.checkpoint, args.report)
+        tasks.report([args.checkpoint, *map(Path, args.more)], args.report)
         return
     if args.task == "cost":
         print_cost([args.checkpoint, *map(Path, args.more)])
@@ -309,7 +317,7 @@ def main() -> None:
             raise InputError(f"{args.checkpoint}: trained without --fusion, there are no layer weights to show")
         print_fusion(model, data, languages, objective)
         return
-    print_losses(args, kind, model, data, languages, objective, settings["dtype"])
+    print_losses(args, checkpoint, model, data, languages, objective, settings["dtype"])
     if args.task is None:
         print_sample(kind, model, data, languages, objective, args.beams)
 

@@ -580,8 +580,10 @@ def evaluate(job: Job, body: nn.Module, lrs: list[float], n_seeds: int, test: di
             }
 
 
-def mean_sd(values: list[float]) -> str:
-    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+def mean_sd(values: list[float], digits: int = 2) -> str:
+    """The mean of some runs and, of more than one, their standard deviation."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def print_scores(task: str, results: list[dict], train_language: str) -> None:
@@ -612,57 +614,87 @@ ROWS += [f"{row}+mlm" for row in ROWS[1:]]
 ROWS += ["2stage-bart-12e12d", "2stage-bart-12e12d-attn-f", "2stage-bart-12e12d-unfrz"]
 
 
-def read_results(path: Path) -> list[dict]:
-    """The task results of a JSON lines file. Raises InputError with the line."""
+def read_results(paths: list[Path]) -> list[dict]:
+    """The losses and scores of JSON lines files. Raises InputError with the line."""
     results = []
-    for number, line in lines(path):
-        try:
-            row = json.loads(line)
-            if row.get("task") in METRICS:
+    for path in paths:
+        for number, line in lines(path):
+            try:
+                row = json.loads(line)
                 row["flops"] = sum(stage["flops"] for stage in row["history"])
-                row["row"] = Path(row["checkpoint"]).stem
-                results.append(row | {"main": row["scores"][METRICS[row["task"]][0]], "seed": row["seed"] + 0})
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{path}:{number}: not a result of eval.py; remove the line") from None
+                row["row"], row["run"] = Path(row["checkpoint"]).stem, f"{path}:{row['checkpoint']}:{row.get('seed')}"
+                row["main"] = row["loss"] if row["task"] == "loss" else row["scores"][METRICS[row["task"]][0]]
+                results.append(row | {"language": row["language"], "kind": row["kind"]})
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise InputError(f"{path}:{number}: not a result of eval.py; remove the line") from None
     if not results:
-        raise InputError(f"{path}: no results of tasks in it; eval.py CHECKPOINT --task pos ... --out {path} adds some")
+        names = " ".join(map(str, paths))
+        raise InputError(f"{names}: no results in it; eval.py CHECKPOINT --task pos ... --out {paths[0]} adds some")
     return results
 
 
-def task_table(results: list[dict], tasks: list[str]) -> str:
-    """Markdown: a line a model; for each task the mean over all languages but the training one, and that one's."""
-    seen = [task for task in tasks if any(r["task"] == task for r in results)]
+def over_runs(results: list[dict], digits: int = 2) -> str:
+    """Mean and standard deviation over the runs (of pre-training and fine-tuning) of the mean over the languages."""
+    runs: dict[str, dict[str, float]] = {}
+    for r in results:
+        runs.setdefault(r["run"], {})[r["language"]] = r["main"]  # of a measurement made twice the last
+    return mean_sd([statistics.mean(x.values()) for x in runs.values()], digits) if runs else "-"
+
+
+def in_order(names: set[str]) -> list[str]:
+    """The rows of the paper as it has them, then the others by name."""
+    return [name for name in ROWS if name in names] + sorted(names - set(ROWS))
+
+
+def task_table(results: list[dict], kind: str, tasks: list[str]) -> str:
+    """Markdown: a line a model; its held-out loss; for each task the mean over the languages but the training one, and
+    that one's.
+    """
+    mine = [r for r in results if r["task"] in tasks or (r["task"] == "loss" and r["kind"] == kind)]
+    seen = [task for task in tasks if any(r["task"] == task for r in mine)]
     head = [f"{task}, {METRICS[task][0]}: others | {task}: trained" for task in seen]
-    names = {r["row"] for r in results if r["task"] in tasks}
-    ordered = [name for name in ROWS if name in names] + sorted(names - set(ROWS))
-    out = [f"| model | FLOPs | {' | '.join(head)} |", "|---" * (2 + 2 * len(seen)) + "|"]
-    for name in ordered:
-        mine = [r for r in results if r["row"] == name]
-        cells = [name, f"{mine[0]['flops']:.2e}"]
+    out = [f"| {' | '.join(['model', 'FLOPs', 'held-out loss, nats', *head])} |", "|---" * (3 + 2 * len(seen)) + "|"]
+    for name in in_order({r["row"] for r in mine}):
+        of = [r for r in mine if r["row"] == name]
+        cells = [name, f"{of[0]['flops']:.2e}", over_runs([r for r in of if r["task"] == "loss"], 3)]
         for task in seen:
             for others in (True, False):
-                by_seed: dict[int, list[float]] = {}
-                for r in mine:
-                    if r["task"] == task and (r["language"] != r["train_lang"]) == others:
-                        by_seed.setdefault(r["seed"], []).append(r["main"])
-                cells.append(mean_sd([statistics.mean(x) for x in by_seed.values()]) if by_seed else "-")
+                cells.append(
+                    over_runs([r for r in of if r["task"] == task and (r["language"] != r["train_lang"]) == others])
+                )
         out.append(f"| {' | '.join(cells)} |")
     return "\n".join(out) + "\n"
 
 
-def report(path: Path, out: Path) -> None:
+SWEEP = ("2stage-bart-12e12d", "2stage-bart-12e12d-unfrz", "unfreeze-at-")  # rows that differ in --unfreeze-at alone
+
+
+def sweep(results: list[dict]) -> dict[float, list[dict]]:
+    """Held-out losses of the second stages that differ in the point of unfreezing alone, by that point."""
+    points: dict[float, list[dict]] = {}
+    for r in results:
+        if r["task"] == "loss" and (r["row"] in SWEEP or r["row"].startswith(SWEEP[-1])):
+            points.setdefault(r["history"][-1]["settings"]["unfreeze_at"], []).append(r)
+    return dict(sorted(points.items()))
+
+
+def report(paths: list[Path], out: Path) -> None:
     """Writes tables.md and, where matplotlib is installed, figures of scores and losses against compute."""
-    results = read_results(path)
+    results = read_results(paths)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{out}: cannot be made ({error.strerror}); name another --report") from None
-    kinds = {"Encoder": [task for task in METRICS if task not in GENERATION], "Generation": list(GENERATION)}
     text = ""
-    for kind, names in kinds.items():
-        if any(r["task"] in names for r in results):
-            text += f"# {kind} tasks\n\n{task_table(results, names)}\n"
-    text += "Mean ± standard deviation over the fine-tuning seeds, in percent.\n"
+    for kind, names in (("encoder", [task for task in METRICS if task not in GENERATION]), ("seq2seq", [*GENERATION])):
+        if any(r["task"] in names or (r["task"] == "loss" and r["kind"] == kind) for r in results):
+            text += (
+                f"# {'Encoder' if kind == 'encoder' else 'Generation'} tasks\n\n{task_table(results, kind, names)}\n"
+            )
+    text += "Mean ± standard deviation over the runs; scores in percent, FLOPs of the whole history.\n"
+    if len(points := sweep(results)) > 1:
+        text += "\n# When to unfreeze\n\n| `--unfreeze-at` | held-out loss, nats | FLOPs |\n|---|---|---|\n"
+        text += "".join(f"| {at:g} | {over_runs(of, 3)} | {of[0]['flops']:.2e} |\n" for at, of in points.items())
     (out / "tables.md").write_text(text, "utf-8")
     try:
         import matplotlib
@@ -670,10 +702,17 @@ def report(path: Path, out: Path) -> None:
         print(f"{out / 'tables.md'} written; for figures: pip install matplotlib")
         return
     matplotlib.use("Agg")
+    figures = [plot_scores(results, out), plot_losses(paths, results, out)]
+    figures += [plot_sweep(results, points, out)] if len(points) > 1 else []
+    print(f"{out}: {', '.join(['tables.md', *figures])}")
+
+
+def plot_scores(results: list[dict], out: Path) -> str:
+    """A point for each task and model: score against compute. The name of the figure."""
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots()
-    for task in dict.fromkeys(r["task"] for r in results):
+    figure, axes = plt.subplots(layout="constrained")
+    for task in dict.fromkeys(r["task"] for r in results if r["task"] != "loss"):
         points: dict[str, list[dict]] = {}
         for r in results:
             if r["task"] == task:
@@ -684,15 +723,45 @@ def report(path: Path, out: Path) -> None:
             label=f"{task}, {METRICS[task][0]}",
         )
     axes.set(xlabel="FLOPs of the whole history", ylabel="mean over languages and seeds, %")
-    axes.legend()
-    figure.savefig(out / "score-against-compute.png", dpi=150)
-    figure, axes = plt.subplots()
-    for checkpoint in dict.fromkeys(r["checkpoint"] for r in results):
-        log = Path(checkpoint).with_suffix(".run") / "metrics.jsonl"
-        held_out = [row for _, line in lines(log) if "mean" in (row := json.loads(line))] if log.exists() else []
-        if held_out:
-            axes.plot([x["step"] for x in held_out], [x["mean"] for x in held_out], label=Path(checkpoint).stem)
+    if axes.collections:
+        axes.legend()
+    figure.savefig(out / "score-against-compute.png", dpi=120)
+    return "score-against-compute.png"
+
+
+def plot_losses(paths: list[Path], results: list[dict], out: Path) -> str:
+    """A curve for each run whose folder is beside the results. The name of the figure."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(layout="constrained")
+    for name in dict.fromkeys(r["checkpoint"] for r in results):
+        for log in (path.parent / Path(name).with_suffix(".run") / "metrics.jsonl" for path in paths):
+            held_out = [row for _, line in lines(log) if "mean" in (row := json.loads(line))] if log.exists() else []
+            if held_out:
+                axes.plot([x["step"] for x in held_out], [x["mean"] for x in held_out], label=Path(name).stem)
+                break
     axes.set(xlabel="updates", ylabel="held-out loss, nats")
-    axes.legend()
-    figure.savefig(out / "loss-curves.png", dpi=150)
-    print(f"{out}: tables.md, score-against-compute.png, loss-curves.png")
+    if axes.lines:
+        axes.legend(fontsize="small")
+    figure.savefig(out / "loss-curves.png", dpi=120)
+    return "loss-curves.png"
+
+
+def plot_sweep(results: list[dict], points: dict[float, list[dict]], out: Path) -> str:
+    """Held-out loss and compute against the point of unfreezing. The name of the figure."""
+    from matplotlib import pyplot as plt
+
+    def mean(of: list[dict]) -> float:
+        return statistics.mean(r["main"] for r in of)
+
+    figure, axes = plt.subplots(layout="constrained")
+    axes.plot(list(points), [mean(of) for of in points.values()], "o-", label="two stages")
+    if scratch := [r for r in results if r["task"] == "loss" and r["row"] == "bart-12e12d"]:
+        axes.axhline(mean(scratch), linestyle="--", label="from scratch")
+    axes.set(xlabel="--unfreeze-at", ylabel="held-out loss, nats")
+    axes.legend(loc="upper left")
+    right = axes.twinx()
+    right.plot(list(points), [of[0]["flops"] for of in points.values()], "s:", color="gray")
+    right.set_ylabel("FLOPs of both stages (dotted)")
+    figure.savefig(out / "unfreeze-at.png", dpi=120)
+    return "unfreeze-at.png"

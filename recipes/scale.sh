@@ -2,17 +2,19 @@
 #
 #   recipes/roberta-12e.sh                                  # the embedded corpus, 150 updates, minutes on a laptop
 #   SCALE=mini DATA=DATA recipes/roberta-12e.sh             # a data folder of data.py, 2,000 updates
+#   SCALE=mini DATA=DATA SEED=1 recipes/roberta-12e.sh      # once more, from other random numbers
 #   SCALE=paper DATA=DATA TORCHRUN="torchrun --nproc-per-node 8" recipes/roberta-12e.sh
 #
-# Models go to runs/$SCALE. Flags of a recipe are handed on to its training command, after its own: --steps 0 writes
-# the initialised model, --resume goes on.
+# Models go to runs/$SCALE, those of another seed to runs/$SCALE-seed$SEED. Flags of a recipe are handed on to its
+# training command, after its own: --steps 0 writes the initialised model, --resume goes on.
 set -eu
 
 # From scratch; the second stage, 0.7 of it; the MLM continuation, 1/5 of it. Decoders of 1/6 and 1/12, at least a layer.
 case ${SCALE:=demo} in
 demo) SHAPE="--preset tiny --batch-size 32 --seq-len 128" STEPS=150 SECOND=105 MORE=30 SIXTH=1 TWELFTH=1 ;;
 mini) # 4M tokens a model from scratch: Muon, small batches and no dropout to learn enough from so few
-  SHAPE="--preset tiny --batch-size 16 --seq-len 128 --optimizer muon --dropout 0" STEPS=2000 SECOND=1400 MORE=400 SIXTH=1 TWELFTH=1 ;;
+  SHAPE="--preset tiny --batch-size 16 --seq-len 128 --optimizer muon --dropout 0" STEPS=2000 SECOND=1400 MORE=400
+  SIXTH=1 TWELFTH=1 ;;
 paper) # 1M tokens a batch
   SHAPE="--preset paper --batch-size 2048 --micro-batch-size 32 --seq-len 512 --save-every 2000 --eval-every 10000"
   STEPS=500000 SECOND=350000 MORE=100000 SIXTH=2 TWELFTH=1 ;;
@@ -23,12 +25,18 @@ if [ "$SCALE" != demo ] && [ -z "${DATA:-}" ]; then
 fi
 if [ -n "${DATA:-}" ]; then
   [ -d "$DATA" ] || { echo "DATA=$DATA: no such folder; make it with data.py" >&2 && exit 2; }
-  SHAPE="--data $(cd "$DATA" && pwd) $SHAPE"
+  DATA=$(cd "$DATA" && pwd)
+  SHAPE="--data $DATA $SHAPE"
+fi
+SEED=${SEED:-0}
+RUNS=$SCALE
+if [ "$SEED" != 0 ]; then
+  SHAPE="$SHAPE --seed $SEED" RUNS=$SCALE-seed$SEED
 fi
 TORCHRUN=${TORCHRUN:-torchrun}
 CODE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-mkdir -p "$CODE/runs/$SCALE" && cd "$CODE/runs/$SCALE"
+mkdir -p "$CODE/runs/$RUNS" && cd "$CODE/runs/$RUNS"
 
 after() { # the recipe that this one builds on
-  [ -e "$1.pt" ] || { echo "runs/$SCALE/$1.pt: not there yet; run recipes/$1.sh first" >&2 && exit 2; }
+  [ -e "$1.pt" ] || { echo "runs/$RUNS/$1.pt: not there yet; run recipes/$1.sh first" >&2 && exit 2; }
 }

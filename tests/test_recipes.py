@@ -58,7 +58,7 @@ def recipe(tmp_path, monkeypatch):
 
 
 def test_there_is_a_recipe_for_every_row():
-    assert sorted(path.stem for path in (ROOT / "recipes").glob("*.sh")) == sorted([*ROWS, "scale"])
+    assert sorted(path.stem for path in (ROOT / "recipes").glob("*.sh")) == sorted([*ROWS, "scale", "run_all"])
     for row in ROWS:
         first, *rest = (ROOT / "recipes" / f"{row}.sh").read_text().splitlines()
         commands = [line for line in rest if re.match(r"python |\$TORCHRUN ", line)]
@@ -129,3 +129,90 @@ def test_a_recipe_that_cannot_run_says_why(tmp_path, environment, row, complaint
     line = [str(tmp_path / "recipes" / f"{row}.sh")]
     done = subprocess.run(line, env=dict(os.environ, **environment), capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith(complaint) and done.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def run_all(tmp_path):
+    """Runs recipes/run_all.sh with starters that only write down the command and make its --out.
+
+    What the commands do is tested above; a whole run takes hours.
+    """
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    (starters := tmp_path / "bin").mkdir()
+    (log := tmp_path / "commands").touch()
+    for name in ("python", "torchrun"):
+        (starters / name).write_text(f"""#!/bin/sh
+echo "$PWD $@" >> {log}
+[ "$(wc -l < {log})" != "$FAIL_AT" ] || exit 1
+while [ $# -gt 0 ]; do [ "$1" != --out ] || echo made >> "$2"; shift; done
+""")
+        (starters / name).chmod(0o755)
+    for task, languages in (("udpos", "en de ja"), ("slots", "en"), ("parse", "en de"), ("summ", "en en-digitalgov")):
+        for language in languages.split():
+            (tmp_path / "tasks" / task / language).mkdir(parents=True)
+            (tmp_path / "tasks" / task / language / "test.x").touch()
+    (tmp_path / "shards").mkdir()
+    for name in ("de.train.000.bin", "en.train.1of2.000.bin", "hi.train.000.bin", "meta.json", "tokenizer.model"):
+        (tmp_path / "shards" / name).touch()
+
+    def run(*flags: str, **environment: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+        log.write_text("")
+        environment = {"SCALE": "mini", "DATA": "shards", "TASKS": "tasks"} | environment
+        environment = dict(os.environ, PATH=f"{starters}:{os.environ['PATH']}", **environment)
+        line = ["recipes/run_all.sh", *flags]
+        done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        return done, log.read_text().splitlines()
+
+    return run
+
+
+def test_run_all_goes_on_where_it_was_stopped(run_all, tmp_path):
+    planned, commands = run_all("--plan")
+    *names, last = planned.stdout.splitlines()
+    assert not commands and last == f"{len(names)} jobs left, none timed yet" and len(set(names)) == len(names)
+    assert set(FROM_SCRATCH + MLM + TWO_STAGE) <= set(names)
+    claim = ["roberta-12e", "bart-12e12d", "bart-12e12d+mlm", "2stage-bart-12e12d-unfrz", "2stage-bart-12e12d"]
+    assert names[:5] == claim and names[5:7] == ["pos.roberta-12e", "slots.roberta-12e"]
+    assert "parse.mini-seed1.bart-12e12d" in names and "roberta-12e.seed2" in names
+    whole, interrupted = [], 0
+    for fail_at in ("5", "40", ""):  # commands into each start; a failed one stands for a kill
+        done, commands = run_all(FAIL_AT=fail_at)
+        assert (done.returncode == 0) == (not fail_at), done.stderr
+        whole += commands
+        interrupted += bool(fail_at)
+        left = run_all("--plan")[0].stdout.splitlines()[-1]
+        assert re.match(r"\d+ jobs left, about \d+\.\d hours", left), left
+    assert done.stdout.splitlines()[-1].startswith("all done") and left.startswith("0 jobs left")
+    assert not run_all()[1]
+    scored = [line for line in whole if re.search("--task (pos|slots|parse|summ)", line)]
+    assert len(set(scored)) == sum(name.split(".")[0] in ("pos", "slots", "parse", "summ") for name in names)
+    (pos,) = {line.split("--langs ")[1] for line in scored if "--task pos" in line}
+    assert pos.startswith("de en --seeds 3")  # what was both pre-trained and has a test set
+    (summ,) = {line.split("--train-lang ")[1] for line in scored if "--task summ" in line}
+    assert summ.startswith("en-digitalgov --langs en-digitalgov --seeds 3")
+    trained = [line for line in whole if "train_" in line.split()[1]]
+    made = {(line.split()[0], line.split("--out ")[1]) for line in trained}
+    assert len(made) == sum("." not in name.replace("0.", "") or ".seed" in name for name in names)
+    assert len(trained) - len(made) <= interrupted  # a row that was stopped behind its training asks for it again
+    assert sum("--seed 1" in line and "mini-seed1" in line.split()[0] for line in trained) == 3
+
+
+def test_run_all_resumes_a_run(run_all, tmp_path):
+    (tmp_path / "runs/mini/roberta-12e.run").mkdir(parents=True)
+    (tmp_path / "runs/mini/roberta-12e.run/000000500.pt").touch()
+    resumed = [line.endswith("--resume") for line in run_all(FAIL_AT="4")[1] if "train_" in line.split()[1]]
+    assert resumed == [True, False]
+
+
+@pytest.mark.parametrize(
+    "flags, environment, complaint",
+    [
+        (["--dry"], {}, "--dry: the only flag is --plan"),
+        ([], {"SEED": "1"}, "SEED=1: leave it out"),
+        ([], {"DATA": "nowhere"}, "DATA=nowhere: no such folder"),
+        ([], {"TASKS": "nowhere"}, "TASKS=nowhere: no such folder"),
+    ],
+)
+def test_run_all_says_what_is_wrong(run_all, flags, environment, complaint):
+    done, commands = run_all(*flags, **environment)
+    assert done.returncode == 2 and done.stderr.startswith(complaint) and not commands

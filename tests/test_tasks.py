@@ -372,6 +372,7 @@ def test_a_run_that_learned_nothing_is_told(command, checkpoints, folder, capsys
         (["--task", "nli", "--data", "nli"], ("nli/de/test.tsv", "a\tb\tmaybe\n"), "test.tsv:1: 'maybe' is none of"),
         (["--task", "nli", "--data", "nli"], ("nli/de/test.tsv", b"a\tb\xff\tc\n"), "test.tsv:1: cannot be read"),
         (["--task", "parse", "--data", "parse"], None, "enc.pt: a checkpoint of kind 'encoder', not seq2seq"),
+        (["--task", "nli", "--data", "nli", "--n-train", "-1"], None, "--n-train -1: it must be at least 0"),
         (["--task", "nli", "--data", "nli", "--seeds", "0"], None, "--seeds 0: it must be at least 1"),
         (["--task", "nli", "--data", "nli", "--lr", "-1"], None, "--lr -1.0: it must be over 0"),
         (["--task", "nli", "--data", "nli", "--out", "no/r.jsonl"], None, "no/r.jsonl: cannot be written"),
@@ -410,23 +411,54 @@ def test_report(command, checkpoints, folder, capsys):
     (checkpoints / "seq2seq.pt").rename(checkpoints / "bart-12e12d.pt")
     (checkpoints / "enc.pt").rename(checkpoints / "roberta-12e.pt")
     (checkpoints / "enc.run").rename(checkpoints / "roberta-12e.run")
-    common = ["--epochs", 1, "--seeds", 2, "--out", "r.jsonl"]
+    common = ["--epochs", 1, "--seeds", 2, "--n-train", 50, "--out", "r.jsonl"]
     for name, task in (("bart-12e12d", "pos"), ("roberta-12e", "pos"), ("bart-12e12d", "summ"), ("roberta-12e", "nli")):
         command(evaluation, f"{name}.pt", "--task", task, "--data", folder / task, *common)
-    command(evaluation, "r.jsonl", "--report", "OUT")
+    for name in ("bart-12e12d", "roberta-12e"):
+        command(evaluation, f"{name}.pt", "--task", "loss", "--out", "losses.jsonl")
+    command(evaluation, "r.jsonl", "losses.jsonl", "--report", "OUT")
     text = (checkpoints / "OUT" / "tables.md").read_text()
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     assert [line[0] for line in table] == ["model", "---", "roberta-12e", "bart-12e12d", "model", "---", "bart-12e12d"]
-    assert table[0][2:] == ["nli, accuracy: others", "nli: trained", "pos, accuracy: others", "pos: trained"]
+    assert table[0][:3] == ["model", "FLOPs", "held-out loss, nats"]
+    assert table[0][3:] == ["nli, accuracy: others", "nli: trained", "pos, accuracy: others", "pos: trained"]
     results = [json.loads(line) for line in (checkpoints / "r.jsonl").read_text().splitlines()]
     english = [r["scores"]["accuracy"] for r in results if r["task"] == "pos" and r["language"] == "en"]
-    assert table[3][5] == tasks.mean_sd(english[:2]) and table[3][2] == "-" and " ± " in table[3][5]
+    assert table[3][6] == tasks.mean_sd(english[:2]) and table[3][3] == "-" and " ± " in table[3][6]
+    assert all(r["n_train"] == (9 if r["task"] == "summ" else 50) for r in results)
+    losses = [json.loads(line) for line in (checkpoints / "losses.jsonl").read_text().splitlines()]
+    of_bart = [r["loss"] for r in losses if r["kind"] == "seq2seq"]
+    assert table[3][2] == "-" and table[6][2] == f"{sum(of_bart) / 3:.3f}"  # an encoder's loss is of another objective
     assert float(table[2][1]) < float(table[3][1])  # the second stage adds to the first
     assert (checkpoints / "OUT" / "loss-curves.png").stat().st_size > 5000
     assert (checkpoints / "OUT" / "score-against-compute.png").stat().st_size > 5000
     (checkpoints / "bad.jsonl").write_text("{}\n[1]\n")
-    with pytest.raises(InputError, match=r"bad\.jsonl:2: not a result"):
+    with pytest.raises(InputError, match=r"bad\.jsonl:1: not a result"):
         command(evaluation, "bad.jsonl", "--report", "OUT")
+
+
+def test_report_of_runs_from_other_seeds_and_the_sweep(command, checkpoints):
+    def result(row, unfreeze_at=0.0, **more):
+        stage = {"flops": 1e9 * (2 - unfreeze_at), "settings": {"unfreeze_at": unfreeze_at}}
+        return {"checkpoint": f"{row}.pt", "kind": "seq2seq", "history": [stage], "task": "loss"} | more
+
+    one = [result("bart-12e12d", language=x, loss=y) for x, y in (("en", 1.0), ("de", 3.0))]
+    one += [result("2stage-bart-12e12d-unfrz", unfreeze_at=0.5, language="en", loss=9.0)]  # made again below
+    for row, at, loss in (
+        ("2stage-bart-12e12d-unfrz", 0.5, 2.0),
+        ("2stage-bart-12e12d", 1.0, 4.0),
+        ("unfreeze-at-0", 0.0, 1.5),
+    ):
+        one += [result(row, unfreeze_at=at, language="en", loss=loss)]
+    two = [result("bart-12e12d", language=x, loss=y) for x, y in (("en", 1.2), ("de", 3.2))]
+    for name, rows in (("a.jsonl", one), ("b.jsonl", two)):
+        Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command(evaluation, "a.jsonl", "b.jsonl", "--report", "OUT")
+    text = Path("OUT/tables.md").read_text()
+    assert "| bart-12e12d | 2.00e+09 | 2.100 ± 0.141 |" in text
+    curve = text[text.index("# When to unfreeze") :].splitlines()[4:]
+    assert curve == ["| 0 | 1.500 | 2.00e+09 |", "| 0.5 | 2.000 | 1.50e+09 |", "| 1 | 4.000 | 1.00e+09 |"]
+    assert Path("OUT/unfreeze-at.png").stat().st_size > 5000
 
 
 def test_report_without_matplotlib(command, checkpoints, folder, capsys, monkeypatch):

@@ -1,0 +1,131 @@
+#!/usr/bin/env bash
+# Every row of the paper's table, the task suite on it, the sweep of --unfreeze-at, and what goes beyond the paper.
+#
+#   recipes/run_all.sh --plan                              # what is left to do, and about how long it takes
+#   recipes/run_all.sh                                     # does it; stopped at any point, the same command goes on
+#   SCALE=mini DATA=DATA TASKS=TASKS recipes/run_all.sh    # TASKS holds udpos ner slots nli parse summ, or some of them
+#   python eval.py runs/mini*/results.jsonl --report OUT   # tables and figures, of what is there
+#
+# The rows that carry the claim and their scores come first, then those again from other seeds, the sweep, the rest.
+# A job that is done has a file in runs/$SCALE/done, which holds its cost and its seconds.
+TASKS=${TASKS:-$(dirname "$0")/../sample}
+[ -d "$TASKS" ] || { echo "TASKS=$TASKS: no such folder" >&2 && exit 2; }
+TASKS=$(cd "$TASKS" && pwd)
+. "$(dirname "$0")/scale.sh"
+case ${1:-} in '' | --plan) mode=${1:-} ;; *) echo "$1: the only flag is --plan" >&2 && exit 2 ;; esac
+[ "$SEED" = 0 ] || { echo "SEED=$SEED: leave it out; other seeds are among the jobs" >&2 && exit 2; }
+export SCALE TORCHRUN DATA=${DATA:-}
+mkdir -p done
+
+case $SCALE in # how tasks are fine-tuned
+demo) HOW="--seeds 2" ;;
+mini) HOW="--seeds 3 --lr 1e-3 --n-train 2000" ;;
+paper) HOW="--seeds 3 --lr 1e-5 3e-5 1e-4" ;;
+esac
+LANGS=$(cd "${DATA:-$CODE/sample/text}" && ls | sed -n 's/^\([a-z]*\)\.\(train.*bin\|txt\)$/\1/p' | sort -u)
+
+job() { # NAME COST COMMAND...: does what is not done yet, or adds it to what is left
+  local name=$1 cost=$2 began=$SECONDS
+  [ ! -e "done/$name" ] || return 0
+  shift 2
+  if [ "$mode" = count ] || [ "$mode" = --plan ]; then
+    left=$((left + cost)) n_left=$((n_left + 1))
+    [ "$mode" = count ] || echo "$name"
+    return 0
+  fi
+  echo "== $name: $n_left jobs left, $(duration)"
+  "$@"
+  echo "$cost $((SECONDS - began))" > "done/$name"
+  left=$((left - cost)) n_left=$((n_left - 1))
+}
+
+duration() { # of what is left, at the speed of what is done
+  cat done/* 2> /dev/null | awk -v left=$left '{ cost += $1; seconds += $2 }
+    END { if (cost) printf "about %.1f hours\n", left * seconds / cost / 3600; else print "none timed yet" }'
+}
+
+resume() { # the flag, if a run of this name was stopped
+  ! ls "$1.run/"[0-9]*.pt > /dev/null 2>&1 || echo --resume
+}
+
+row() { # ROW [SEED]: its recipe
+  local seed=${2:-0}
+  [ "$seed" = 0 ] && runs=. || runs=../$SCALE-seed$seed
+  rm -f "$runs/${1%+mlm}+enc.pt" # what a recipe that was stopped took out
+  SEED=$seed "$CODE/recipes/$1.sh" $(resume "$runs/$1")
+}
+
+second() { # NAME FLAGS...: a second stage that is no row of the paper
+  local name=$1
+  shift
+  $TORCHRUN "$CODE/train_seq2seq.py" $SHAPE --steps $SECOND --noise drop "$@" --out "$name.pt" $(resume "$name")
+  python "$CODE/eval.py" "$name.pt" --task loss --out results.jsonl
+}
+
+score() { # TASK CHECKPOINT: the scores go to results.jsonl when all are there
+  local folder=$TASKS/$1 trained=en of=$LANGS langs=""
+  [ $1 != pos ] || folder=$TASKS/udpos
+  if [ -d "$folder/en-digitalgov" ]; then # headlines: more of them than XSum has here
+    trained=en-digitalgov of=en-digitalgov
+  fi
+  for lang in $of; do ls "$folder/$lang/"test.* > /dev/null 2>&1 && langs="$langs $lang"; done
+  rm -f part.jsonl
+  python "$CODE/eval.py" "$2" --task $1 --data "$folder" --train-lang $trained --langs $langs $HOW --out part.jsonl
+  cat part.jsonl >> results.jsonl
+}
+
+scores() { # encoder|seq2seq CHECKPOINT...: the tasks of this kind that there is data for
+  local tasks="pos ner slots nli"
+  [ $1 = encoder ] || tasks="parse summ"
+  shift
+  for checkpoint in "$@"; do
+    for task in $tasks; do
+      name=${checkpoint#../}
+      [ ! -d "$TASKS/${task/pos/udpos}" ] || job $task.${name/\//.} 5 score $task $checkpoint.pt
+    done
+  done
+}
+
+jobs() { # costs are about those of 100 MLM updates, as one sees them with `tiny` on a CPU
+  job roberta-12e 20 row roberta-12e
+  job bart-12e12d 50 row bart-12e12d
+  job bart-12e12d+mlm 4 row bart-12e12d+mlm
+  job 2stage-bart-12e12d-unfrz 30 row 2stage-bart-12e12d-unfrz
+  job 2stage-bart-12e12d 25 row 2stage-bart-12e12d
+  scores encoder roberta-12e bart-12e12d bart-12e12d+mlm
+  scores seq2seq bart-12e12d 2stage-bart-12e12d-unfrz 2stage-bart-12e12d
+  for at in 0 0.25 0.75; do
+    job unfreeze-at-$at 30 second unfreeze-at-$at --init roberta-12e.pt --unfreeze-at $at
+    scores seq2seq unfreeze-at-$at
+  done
+  for seed in 1 2; do
+    job roberta-12e.seed$seed 20 row roberta-12e $seed
+    job bart-12e12d.seed$seed 50 row bart-12e12d $seed
+    job 2stage-bart-12e12d-unfrz.seed$seed 30 row 2stage-bart-12e12d-unfrz $seed
+    scores encoder ../$SCALE-seed$seed/roberta-12e ../$SCALE-seed$seed/bart-12e12d
+    scores seq2seq ../$SCALE-seed$seed/bart-12e12d ../$SCALE-seed$seed/2stage-bart-12e12d-unfrz
+  done
+  for name in bart-12e12d-mask bart-12e2d bart-12e2d-mask bart-12e1d-mask; do
+    job $name 40 row $name
+    job $name+mlm 4 row $name+mlm
+    scores encoder $name $name+mlm
+  done
+  job 2stage-bart-12e12d-attn-f 25 row 2stage-bart-12e12d-attn-f
+  scores seq2seq 2stage-bart-12e12d-attn-f
+  # Beyond the paper: a cheaper way to both models? --steps comes last and wins.
+  job init-decoder 30 second init-decoder --init roberta-12e.pt --unfreeze-at 0.5 --init-decoder
+  job half 22 second half --init roberta-12e.pt --unfreeze-at 0.5 --steps $((STEPS / 2))
+  job half-init-decoder 22 second half-init-decoder --init roberta-12e.pt --unfreeze-at 0.5 --init-decoder --steps $((STEPS / 2))
+  job fusion-unfrz 28 second fusion-unfrz --init roberta-12e.pt --unfreeze-at 0.75 --fusion
+  scores seq2seq init-decoder half half-init-decoder fusion-unfrz
+}
+
+left=0 n_left=0
+if [ "$mode" = --plan ]; then
+  jobs
+  echo "$n_left jobs left, $(duration)"
+else
+  mode=count && jobs
+  mode=run && jobs
+  echo "all done: python eval.py runs/$SCALE*/results.jsonl --report OUT"
+fi
