@@ -538,7 +538,8 @@ class _Tokens:
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def read(self, start: int, length: int) -> np.ndarray:
+    def read(self, start: int, length: int) -> np.ndarray:  # [length]
+        """Tokens from `start` on. Raises InputError for one that the vocabulary does not have."""
         parts = []
         while length:
             shard = int(np.searchsorted(self.ends, start, "right")) - 1
@@ -614,6 +615,7 @@ class TokenData:
         return language, permuted(rank % n_rows, n_rows, key)
 
     def row(self, i: int) -> np.ndarray:  # [L]
+        """The tokens of sample i."""
         language, row = self.locate(i)
         return self.train[language].read(row * self.seq_len, self.seq_len)
 
@@ -634,6 +636,7 @@ class TokenData:
         return len(tokens) // self.seq_len
 
     def valid_row(self, language: str, j: int) -> np.ndarray:  # [L]
+        """The tokens of held-out row j of a language."""
         return self.valid[language].read(j * self.seq_len, self.seq_len)
 
 

@@ -81,9 +81,11 @@ class Attention(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:  # [B, S, D] -> 2 x [B, H, S, K]
+        """Keys and values of a sequence, for whoever attends to it."""
         return self._heads(self.kv(memory)).chunk(2, dim=1)
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """What each x [B, T, D] gathers from the values; mask [B, 1, 1, S] is True where there is a real token."""
         q = self._heads(self.q(x))  # [B, H, T, K]
         if q.device.type == "cpu":  # where torch's attention takes half the time in fp32 that it takes in bf16
             q, k, v = q.float(), k.float(), v.float()
@@ -201,7 +203,8 @@ class Fusion(nn.Module):
         super().__init__()
         self.query, self.norm = nn.Parameter(torch.zeros(cfg.d_model)), nn.LayerNorm(cfg.d_model)
 
-    def weights(self, layers: Tensor) -> Tensor:  # [layers, B, S, D] -> [layers, B, S], of sum 1 over the layers
+    def weights(self, layers: Tensor) -> Tensor:  # [layers, B, S, D] -> [layers, B, S]
+        """The share of each layer at each token; they add up to 1."""
         return (self.norm(layers) @ self.query / len(self.query) ** 0.5).float().softmax(0)
 
     def forward(self, layers: Tensor) -> Tensor:  # [layers, B, S, D] -> [B, S, D]
@@ -220,6 +223,7 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(cfg.d_model)
 
     def forward(self, embedded: Tensor, enc_out: Tensor, src_mask: Tensor | None, cache: list | None) -> Tensor:
+        """Embedded [B, T, D], encoder output [B, S, D]; with a cache, of one dict a layer, T is 1 (DecoderBlock)."""
         start = cache[0].get("length", 0) if cache else 0
         x = self.dropout(embedded + self.positions.weight[start : start + embedded.shape[1]])  # [B, T, D]
         mask = None if src_mask is None else src_mask[:, None, None, :]  # [B, 1, 1, S]
@@ -310,9 +314,11 @@ class MaskedLM(nn.Module):
         self.apply(_init_weights)
 
     def encode(self, src: Tensor, src_mask: Tensor | None = None) -> Tensor:  # [B, S] -> [B, S, D]
+        """Contextual vectors of tokens; src_mask [B, S] is True at real tokens, None where all are."""
         return self.encoder(self.embed(src), src_mask)
 
     def logits(self, src: Tensor, src_mask: Tensor | None = None) -> Tensor:  # [B, S] -> [B, S, V]
+        """Of the piece at each position: for a look at the model, training never holds them."""
         return F.linear(self.head(self.encode(src, src_mask)), self.embed.weight, self.head_bias)
 
     def forward(self, src: Tensor, labels: Tensor, src_mask: Tensor | None = None) -> Tensor:
@@ -340,14 +346,17 @@ class Seq2Seq(nn.Module):
         self.apply(_init_weights)
 
     def encode(self, src: Tensor, src_mask: Tensor | None = None) -> Tensor:  # [B, S] -> [B, S, D]
+        """What the decoder attends to: the last layer's output, or the fusion of all layers."""
         return self.encoder(self.embed(src), src_mask, self.fusion)
 
     def decode(
         self, tgt_in: Tensor, enc_out: Tensor, src_mask: Tensor | None = None, cache: list | None = None
     ) -> Tensor:  # [B, T], [B, S, D] -> [B, T, D]
+        """A vector for each next token. With a cache tgt_in [B, 1] is the newest token alone."""
         return self.decoder(self.embed(tgt_in), enc_out, src_mask, cache)
 
     def logits(self, src: Tensor, tgt_in: Tensor, src_mask: Tensor | None = None) -> Tensor:  # -> [B, T, V]
+        """Of each next token: for comparisons, training never holds them."""
         return F.linear(self.decode(tgt_in, self.encode(src, src_mask), src_mask), self.embed.weight)
 
     def forward(self, src: Tensor, tgt_in: Tensor, tgt_out: Tensor, src_mask: Tensor | None = None) -> Tensor:

@@ -178,6 +178,7 @@ def precision_recall_f1(gold: list[list[str]], predicted: list[list[str]]) -> tu
 
 
 def percent_equal(gold: list, predicted: list) -> float:
+    """Share of the predictions that are right, in percent. Raises ValueError for lists of unequal length."""
     return 100 * sum(a == b for a, b in zip(gold, predicted, strict=True)) / len(gold)
 
 
