@@ -26,6 +26,7 @@ from checkpoint import load_checkpoint, load_model
 from data import HERE, SAMPLE_DATA, TokenData, load_tokenizer, rank, run_command
 from model import PRESETS, ModelConfig, generate
 from objectives import VALID_NOISE, InputError, SpecialIds, sample_rng
+from report import report
 from train_encoder import MLMConfig, encoder_objective
 from train_seq2seq import DenoiseConfig, seq2seq_objective
 
@@ -276,7 +277,7 @@ def main() -> None:
     if rank() > 0:
         return  # what torchrun starts beside the first process: one does all
     if args.report:
-        tasks.report([args.checkpoint, *map(Path, args.more)], args.report)
+        report([args.checkpoint, *map(Path, args.more)], args.report)
         return
     if args.task == "cost":
         print_cost([args.checkpoint, *map(Path, args.more)])

@@ -100,7 +100,7 @@ def test_nothing_needs_more_than_the_four_packages():
 
     Inside functions, the export to transformers and the figures of a report are the exceptions.
     """
-    optional = {"extract.py": {"transformers", "tokenizers", "safetensors"}, "tasks.py": {"matplotlib"}}
+    optional = {"extract.py": {"transformers", "tokenizers", "safetensors"}, "report.py": {"matplotlib"}}
     scripts = list(ROOT.glob("*.py"))
     allowed = (
         {"torch", "numpy", "sentencepiece", "tqdm"} | set(sys.stdlib_module_names) | {path.stem for path in scripts}
@@ -113,4 +113,4 @@ def test_nothing_needs_more_than_the_four_packages():
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             extra = optional.get(path.name, set()) if id(node) in inside else set()
             assert {name.split(".")[0] for name in names} <= allowed | extra, f"{path.name}: {names}"
-    assert len(scripts) == 10
+    assert len(scripts) == 11

@@ -1,0 +1,168 @@
+"""From the results that eval.py collects to the paper's two tables, the curve of --unfreeze-at, and figures.
+
+python eval.py runs/mini/results.jsonl --report OUT              # of one or more files
+"""
+
+import json
+import statistics
+from pathlib import Path
+
+from objectives import InputError
+from tasks import GENERATION, METRICS, lines, mean_sd
+
+ROWS = ["roberta-12e", "bart-12e12d", "bart-12e12d-mask", "bart-12e2d", "bart-12e2d-mask", "bart-12e1d-mask"]
+ROWS += [f"{row}+mlm" for row in ROWS[1:]]
+ROWS += ["2stage-bart-12e12d", "2stage-bart-12e12d-attn-f", "2stage-bart-12e12d-unfrz"]
+
+
+def read_results(paths: list[Path]) -> list[dict]:
+    """The losses and scores of JSON lines files. Raises InputError with the line."""
+    results = []
+    for path in paths:
+        for number, line in lines(path):
+            try:
+                row = json.loads(line)
+                row["flops"] = sum(stage["flops"] for stage in row["history"])
+                row["row"], row["run"] = Path(row["checkpoint"]).stem, f"{path}:{row['checkpoint']}:{row.get('seed')}"
+                row["main"] = row["loss"] if row["task"] == "loss" else row["scores"][METRICS[row["task"]][0]]
+                results.append(row | {"language": row["language"], "kind": row["kind"]})
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise InputError(f"{path}:{number}: not a result of eval.py; remove the line") from None
+    if not results:
+        names = " ".join(map(str, paths))
+        raise InputError(f"{names}: no results in it; eval.py CHECKPOINT --task pos ... --out {paths[0]} adds some")
+    return results
+
+
+def over_runs(results: list[dict], digits: int = 2) -> str:
+    """Mean and standard deviation over the runs (of pre-training and fine-tuning) of the mean over the languages."""
+    runs: dict[str, dict[str, float]] = {}
+    for r in results:
+        runs.setdefault(r["run"], {})[r["language"]] = r["main"]  # of a measurement made twice the last
+    return mean_sd([statistics.mean(x.values()) for x in runs.values()], digits) if runs else "-"
+
+
+def in_order(names: set[str]) -> list[str]:
+    """The rows of the paper as it has them, then the others by name."""
+    return [name for name in ROWS if name in names] + sorted(names - set(ROWS))
+
+
+def task_table(results: list[dict], kind: str, tasks: list[str]) -> str:
+    """Markdown: a line a model; its held-out loss; for each task the mean over the languages but the training one, and
+    that one's.
+    """
+    mine = [r for r in results if r["task"] in tasks or (r["task"] == "loss" and r["kind"] == kind)]
+    seen = [task for task in tasks if any(r["task"] == task for r in mine)]
+    head = [f"{task}, {METRICS[task][0]}: others | {task}: trained" for task in seen]
+    out = [f"| {' | '.join(['model', 'FLOPs', 'held-out loss, nats', *head])} |", "|---" * (3 + 2 * len(seen)) + "|"]
+    for name in in_order({r["row"] for r in mine}):
+        of = [r for r in mine if r["row"] == name]
+        cells = [name, f"{of[0]['flops']:.2e}", over_runs([r for r in of if r["task"] == "loss"], 3)]
+        for task in seen:
+            for others in (True, False):
+                cells.append(
+                    over_runs([r for r in of if r["task"] == task and (r["language"] != r["train_lang"]) == others])
+                )
+        out.append(f"| {' | '.join(cells)} |")
+    return "\n".join(out) + "\n"
+
+
+SWEEP = ("2stage-bart-12e12d", "2stage-bart-12e12d-unfrz", "unfreeze-at-")  # rows that differ in --unfreeze-at alone
+
+
+def sweep(results: list[dict]) -> dict[float, list[dict]]:
+    """Held-out losses of the second stages that differ in the point of unfreezing alone, by that point."""
+    points: dict[float, list[dict]] = {}
+    for r in results:
+        if r["task"] == "loss" and (r["row"] in SWEEP or r["row"].startswith(SWEEP[-1])):
+            points.setdefault(r["history"][-1]["settings"]["unfreeze_at"], []).append(r)
+    return dict(sorted(points.items()))
+
+
+def report(paths: list[Path], out: Path) -> None:
+    """Writes tables.md and, where matplotlib is installed, figures of scores and losses against compute."""
+    results = read_results(paths)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be made ({error.strerror}); name another --report") from None
+    text = ""
+    for kind, names in (("encoder", [task for task in METRICS if task not in GENERATION]), ("seq2seq", [*GENERATION])):
+        if any(r["task"] in names or (r["task"] == "loss" and r["kind"] == kind) for r in results):
+            text += (
+                f"# {'Encoder' if kind == 'encoder' else 'Generation'} tasks\n\n{task_table(results, kind, names)}\n"
+            )
+    text += "Mean ± standard deviation over the runs; scores in percent, FLOPs of the whole history.\n"
+    if len(points := sweep(results)) > 1:
+        text += "\n# When to unfreeze\n\n| `--unfreeze-at` | held-out loss, nats | FLOPs |\n|---|---|---|\n"
+        text += "".join(f"| {at:g} | {over_runs(of, 3)} | {of[0]['flops']:.2e} |\n" for at, of in points.items())
+    (out / "tables.md").write_text(text, "utf-8")
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"{out / 'tables.md'} written; for figures: pip install matplotlib")
+        return
+    matplotlib.use("Agg")
+    figures = [plot_scores(results, out), plot_losses(paths, results, out)]
+    figures += [plot_sweep(results, points, out)] if len(points) > 1 else []
+    print(f"{out}: {', '.join(['tables.md', *figures])}")
+
+
+def plot_scores(results: list[dict], out: Path) -> str:
+    """A point for each task and model: score against compute. The name of the figure."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(layout="constrained")
+    for task in dict.fromkeys(r["task"] for r in results if r["task"] != "loss"):
+        points: dict[str, list[dict]] = {}
+        for r in results:
+            if r["task"] == task:
+                points.setdefault(r["row"], []).append(r)
+        axes.scatter(
+            [x[0]["flops"] for x in points.values()],
+            [statistics.mean(r["main"] for r in x) for x in points.values()],
+            label=f"{task}, {METRICS[task][0]}",
+        )
+    axes.set(xlabel="FLOPs of the whole history", ylabel="mean over languages and seeds, %")
+    if axes.collections:
+        axes.legend()
+    figure.savefig(out / "score-against-compute.png", dpi=120)
+    return "score-against-compute.png"
+
+
+def plot_losses(paths: list[Path], results: list[dict], out: Path) -> str:
+    """A curve for each run whose folder is beside the results. The name of the figure."""
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(layout="constrained")
+    for name in dict.fromkeys(r["checkpoint"] for r in results):
+        for log in (path.parent / Path(name).with_suffix(".run") / "metrics.jsonl" for path in paths):
+            held_out = [row for _, line in lines(log) if "mean" in (row := json.loads(line))] if log.exists() else []
+            if held_out:
+                axes.plot([x["step"] for x in held_out], [x["mean"] for x in held_out], label=Path(name).stem)
+                break
+    axes.set(xlabel="updates", ylabel="held-out loss, nats")
+    if axes.lines:
+        axes.legend(fontsize="small")
+    figure.savefig(out / "loss-curves.png", dpi=120)
+    return "loss-curves.png"
+
+
+def plot_sweep(results: list[dict], points: dict[float, list[dict]], out: Path) -> str:
+    """Held-out loss and compute against the point of unfreezing. The name of the figure."""
+    from matplotlib import pyplot as plt
+
+    def mean(of: list[dict]) -> float:
+        return statistics.mean(r["main"] for r in of)
+
+    figure, axes = plt.subplots(layout="constrained")
+    axes.plot(list(points), [mean(of) for of in points.values()], "o-", label="two stages")
+    if scratch := [r for r in results if r["task"] == "loss" and r["row"] == "bart-12e12d"]:
+        axes.axhline(mean(scratch), linestyle="--", label="from scratch")
+    axes.set(xlabel="--unfreeze-at", ylabel="held-out loss, nats")
+    axes.legend(loc="upper left")
+    right = axes.twinx()
+    right.plot(list(points), [of[0]["flops"] for of in points.values()], "s:", color="gray")
+    right.set_ylabel("FLOPs of both stages (dotted)")
+    figure.savefig(out / "unfreeze-at.png", dpi=120)
+    return "unfreeze-at.png"
