@@ -103,13 +103,12 @@ def report(paths: list[Path], out: Path) -> None:
         print(f"{out / 'tables.md'} written; for figures: pip install matplotlib")
         return
     matplotlib.use("Agg")
-    figures = [plot_scores(results, out), plot_losses(paths, results, out)]
-    figures += [plot_sweep(results, points, out)] if len(points) > 1 else []
-    print(f"{out}: {', '.join(['tables.md', *figures])}")
+    figures = [plot_scores(results, out), plot_losses(paths, results, out), plot_sweep(results, points, out)]
+    print(f"{out}: {', '.join(['tables.md', *filter(None, figures)])}")
 
 
 def plot_scores(results: list[dict], out: Path) -> str:
-    """A point for each task and model: score against compute. The name of the figure."""
+    """A point for each task and model: score against compute. The name of the figure, "" without scores."""
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(layout="constrained")
@@ -124,14 +123,15 @@ def plot_scores(results: list[dict], out: Path) -> str:
             label=f"{task}, {METRICS[task][0]}",
         )
     axes.set(xlabel="FLOPs of the whole history", ylabel="mean over languages and seeds, %")
-    if axes.collections:
-        axes.legend()
+    if not axes.collections:
+        return ""
+    axes.legend()
     figure.savefig(out / "score-against-compute.png", dpi=120)
     return "score-against-compute.png"
 
 
 def plot_losses(paths: list[Path], results: list[dict], out: Path) -> str:
-    """A curve for each run whose folder is beside the results. The name of the figure."""
+    """A curve for each run whose folder is beside the results. The name of the figure, "" where there is none."""
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(layout="constrained")
@@ -142,15 +142,19 @@ def plot_losses(paths: list[Path], results: list[dict], out: Path) -> str:
                 axes.plot([x["step"] for x in held_out], [x["mean"] for x in held_out], label=Path(name).stem)
                 break
     axes.set(xlabel="updates", ylabel="held-out loss, nats")
-    if axes.lines:
-        axes.legend(fontsize="small")
+    if not axes.lines:
+        return ""
+    axes.legend(fontsize="small")
     figure.savefig(out / "loss-curves.png", dpi=120)
     return "loss-curves.png"
 
 
 def plot_sweep(results: list[dict], points: dict[float, list[dict]], out: Path) -> str:
-    """Held-out loss and compute against the point of unfreezing. The name of the figure."""
+    """Held-out loss and compute against the point of unfreezing. Its name, "" for less than two points."""
     from matplotlib import pyplot as plt
+
+    if len(points) < 2:
+        return ""
 
     def mean(of: list[dict]) -> float:
         return statistics.mean(r["main"] for r in of)
