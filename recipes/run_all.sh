@@ -22,7 +22,7 @@ demo) HOW="--seeds 2" ;;
 mini) HOW="--seeds 3 --lr 1e-3 --n-train 2000" ;;
 paper) HOW="--seeds 3 --lr 1e-5 3e-5 1e-4" ;;
 esac
-LANGS=$(cd "${DATA:-$CODE/sample/text}" && ls | sed -n 's/^\([a-z]*\)\.\(train.*bin\|txt\)$/\1/p' | sort -u)
+LANGS=$(cd "${DATA:-$CODE/sample/text}" && ls | sed -nE 's/^([^.]+)\.(train.*bin|txt)$/\1/p' | sort -u)
 
 job() { # NAME COST COMMAND...: does what is not done yet, or adds it to what is left
   local name=$1 cost=$2 began=$SECONDS
