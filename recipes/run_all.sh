@@ -86,13 +86,18 @@ scores() { # encoder|seq2seq CHECKPOINT...: the tasks of this kind that there is
   done
 }
 
+random() { # the encoder before its first update, for the least that any other must beat
+  $TORCHRUN "$CODE/train_encoder.py" $SHAPE --steps 0 --out random.pt $(resume random)
+}
+
 jobs() { # costs are about those of 100 MLM updates, as one sees them with `tiny` on a CPU
   job roberta-12e 20 row roberta-12e
   job bart-12e12d 50 row bart-12e12d
   job bart-12e12d+mlm 4 row bart-12e12d+mlm
   job 2stage-bart-12e12d-unfrz 30 row 2stage-bart-12e12d-unfrz
   job 2stage-bart-12e12d 25 row 2stage-bart-12e12d
-  scores encoder roberta-12e bart-12e12d bart-12e12d+mlm
+  job random 1 random
+  scores encoder random roberta-12e bart-12e12d bart-12e12d+mlm
   scores seq2seq bart-12e12d 2stage-bart-12e12d-unfrz 2stage-bart-12e12d
   for at in 0 0.25 0.75; do
     job unfreeze-at-$at 30 second unfreeze-at-$at --init roberta-12e.pt --unfreeze-at $at

@@ -172,7 +172,7 @@ def test_run_all_goes_on_where_it_was_stopped(run_all, tmp_path):
     assert not commands and last == f"{len(names)} jobs left, none timed yet" and len(set(names)) == len(names)
     assert set(FROM_SCRATCH + MLM + TWO_STAGE) <= set(names)
     claim = ["roberta-12e", "bart-12e12d", "bart-12e12d+mlm", "2stage-bart-12e12d-unfrz", "2stage-bart-12e12d"]
-    assert names[:5] == claim and names[5:7] == ["pos.roberta-12e", "slots.roberta-12e"]
+    assert names[:5] == claim and names[5:8] == ["random", "pos.random", "slots.random"]
     assert "parse.mini-seed1.bart-12e12d" in names and "roberta-12e.seed2" in names
     whole, interrupted = [], 0
     for fail_at in ("5", "40", ""):  # commands into each start; a failed one stands for a kill
