@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,7 @@ def user(tmp_path, monkeypatch):
     """A folder with text and small task sets, in which command lines are run in this process."""
     monkeypatch.chdir(tmp_path)
     Path("own/TEXT").mkdir(parents=True)
+    shutil.copytree(ROOT / "results", "own/results")
     for language in ("en", "hi"):
         (Path("own/TEXT") / f"{language}.txt").write_bytes((data.SAMPLE_TEXT / f"{language}.txt").read_bytes())
     for folder, name, item in (
@@ -140,3 +142,12 @@ def test_every_file_and_function_that_is_named_exists():
     code = "".join(path.read_text("utf-8") for path in ROOT.glob("*.py"))
     for name in re.findall(r"`([A-Za-z_]+)`", guide[guide.index("| the paper's") : guide.index("What the objectives")]):
         assert re.search(rf"^(def|class) {name}\b", code, re.M), name
+
+
+def test_the_results_are_those_of_the_file(user, tmp_path):
+    """The tables are regenerated from the collected numbers, and stand in the README as they are."""
+    user(f"python eval.py {ROOT / 'results' / 'mini.jsonl'} --report OUT")
+    tables = Path("OUT/tables.md").read_text()
+    assert tables == (ROOT / "results" / "tables.md").read_text()
+    rows = [line for line in tables.splitlines() if line.startswith("|")]
+    assert len(rows) > 10 and all(row in TEXT.splitlines() for row in rows)
