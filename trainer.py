@@ -541,7 +541,7 @@ def _fit(
 
     wrapped, not_finite = None, []
     began = time.perf_counter()
-    for step, examples in enumerate(_batches(run, objective, spent["steps"]), spent["steps"]):
+    for step, examples in enumerate(_loader(run, objective, spent["steps"]), spent["steps"]):
         freeze_encoder(model.train(), frozen(step))
         if wrapped is None or frozen(step) != frozen(step - 1):
             wrapped = _wrap(model)
@@ -585,7 +585,7 @@ class _Batches(Dataset):
         return [self.objective(data.row(i), sample_rng(cfg.seed, NOISE, i)) for i in range(first, first + share)]
 
 
-def _batches(run: Run, objective: Objective, done: int) -> DataLoader:
+def _loader(run: Run, objective: Objective, done: int) -> DataLoader:
     """This process's examples of each step from `done` on, made by --workers processes or as they are asked for."""
     return DataLoader(
         _Batches(run, objective),
