@@ -312,7 +312,8 @@ def main() -> None:
         if language not in data.languages:
             raise InputError(f"--langs {language}: not in the data, which has {' '.join(data.languages)}")
     config, make = OBJECTIVES[kind]
-    objective = make(ids, trainer.build(config, settings | {"clm_fraction": 0.0}))  # so that de-noising losses compare
+    same = {"clm_fraction": 0.0, "mask_prob": MLMConfig.mask_prob}  # so that the losses of two models compare
+    objective = make(ids, trainer.build(config, settings | same))
     if args.task == "fusion":
         if not model.cfg.fusion:
             raise InputError(f"{args.checkpoint}: trained without --fusion, there are no layer weights to show")

@@ -110,10 +110,13 @@ class EncoderBlock(nn.Module):
         self.ffn_norm, self.ffn = nn.LayerNorm(cfg.d_model), FeedForward(cfg)
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # [B, S, D], [B, 1, 1, S]
+    def forward(self, x: Tensor, mask: Tensor | None, at: Tensor | None = None) -> Tensor:
+        """x [B, S, D], mask [B, 1, 1, S] -> [B, S, D], or [N, D]: the positions at [N], numbered through the batch."""
         h = self.attn_norm(x)
         x = x + self.dropout(self.attn(h, *self.attn.keys_values(h), mask))
-        return x + self.dropout(self.ffn(self.ffn_norm(x)))  # [B, S, D]
+        if at is not None:  # attention needed all positions, the rest looks at each alone
+            x = x.flatten(0, 1)[at]  # [N, D]
+        return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
 
 class DecoderBlock(nn.Module):
@@ -176,17 +179,22 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(cfg.d_model)
 
     def forward(
-        self, embedded: Tensor, src_mask: Tensor | None = None, fuse: Callable[[Tensor], Tensor] | None = None
+        self,
+        embedded: Tensor,
+        src_mask: Tensor | None = None,
+        fuse: Callable[[Tensor], Tensor] | None = None,
+        at: Tensor | None = None,
     ) -> Tensor:  # [B, S, D], [B, S] -> [B, S, D]
         """The last layer's output, or what `fuse` makes of all layers' [layers, B, S, D], each through the final norm.
 
         Without that norm the deeper layers would outweigh the others: a Pre-LN stream grows from layer to layer.
+        Where only some positions are asked for, `at` [N] of the flattened batch, the output is theirs, [N, D].
         """
         x = self.dropout(embedded + self.positions.weight[: embedded.shape[1]])
         mask = None if src_mask is None else src_mask[:, None, None, :]  # [B, 1, 1, S]
         layers = []
         for block in self.blocks:
-            x = _run(block, self.checkpointing, x, mask)
+            x = _run(block, self.checkpointing, x, mask, at if block is self.blocks[-1] else None)
             if fuse is not None:
                 layers.append(x)
         return self.norm(x) if fuse is None else fuse(self.norm(torch.stack(layers)))
@@ -324,10 +332,10 @@ class MaskedLM(nn.Module):
     def forward(self, src: Tensor, labels: Tensor, src_mask: Tensor | None = None) -> Tensor:
         """Sum of the losses in nats over the labelled positions of src [B, S]; labels [B, S] are IGNORE elsewhere.
 
-        The head and the projection run on the labelled positions only.
+        The last feed-forward layer, the head and the projection run on the labelled positions only.
         """
         at = (labels.flatten() != IGNORE).nonzero().squeeze(1)  # [N]
-        hidden = self.head(self.encode(src, src_mask).flatten(0, 1)[at])  # [N, D]
+        hidden = self.head(self.encoder(self.embed(src), src_mask, at=at))  # [N, D]
         return ProjectionLoss.apply(hidden, self.embed.weight, self.head_bias, labels.flatten()[at])
 
 

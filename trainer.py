@@ -407,8 +407,9 @@ def train_flops(cfg: ModelConfig, rows: int, source: int, target: int, n_targets
     d, layer = cfg.d_model, 2 * (4 * cfg.d_model**2 + 2 * cfg.d_model * cfg.d_ff)  # a block's products, per token
     encoder = rows * cfg.n_encoder_layers * (source * layer + 4 * source**2 * d)
     projection = 2 * n_targets * d * cfg.vocab_size
-    if cfg.n_decoder_layers == 0:
-        return 3 * (encoder + n_targets * 2 * d**2 + projection)
+    if cfg.n_decoder_layers == 0:  # the last feed-forward layer and the head see the labelled positions alone
+        spared = (rows * source - n_targets) * 4 * d * cfg.d_ff
+        return 3 * (encoder - spared + n_targets * 2 * d**2 + projection)
     cross_kv = rows * cfg.n_decoder_layers * source * 4 * d**2
     cross = rows * cfg.n_decoder_layers * (target * 4 * d**2 + 4 * target * source * d)
     decoder = rows * cfg.n_decoder_layers * (target * layer + 4 * target**2 * d) + cross
@@ -416,8 +417,8 @@ def train_flops(cfg: ModelConfig, rows: int, source: int, target: int, n_targets
 
 
 def batch_flops(cfg: ModelConfig, batch: dict[str, Tensor], frozen: bool = False) -> float:
-    """train_flops of a collated batch, padding included: the decoder projects every position, the MLM head only those
-    that carry a label."""
+    """train_flops of a collated batch, padding included: the decoder projects every position, an MLM encoder only
+    those that carry a label."""
     rows, source = batch["src"].shape
     if "labels" in batch:
         return train_flops(cfg, rows, source, 0, int((batch["labels"] != IGNORE).sum()))

@@ -61,6 +61,17 @@ def test_losses_of_both_kinds(command, checkpoints, data_dir, capsys):
     assert results[1]["loss"] == trainer.held_out_loss(model, data, ["en"], objective, "fp32")["en"]
 
 
+@pytest.mark.parametrize("name, change", [("enc.pt", {"mask_prob": 0.4}), ("seq2seq.pt", {"clm_fraction": 0.5})])
+def test_losses_compare_whatever_a_model_was_trained_with(command, checkpoints, name, change):
+    checkpoint = load_checkpoint(checkpoints / name)
+    checkpoint["history"][-1]["settings"] |= change
+    torch.save(checkpoint, checkpoints / "other.pt")
+    for path in (name, "other.pt"):
+        command(evaluation, path, "--task", "loss", "--langs", "en", "--out", f"{name}.jsonl")
+    one, other = (json.loads(line)["loss"] for line in (checkpoints / f"{name}.jsonl").read_text().splitlines())
+    assert one == other
+
+
 def test_fill_gives_the_likeliest_pieces(command, checkpoints, tokenizer, ids, capsys):
     capsys.readouterr()
     command(evaluation, "enc.pt", "--task", "fill", "the <mask> is <mask>")
