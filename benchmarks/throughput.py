@@ -465,6 +465,8 @@ PARTS: dict[str, Callable[[int], None]] = {
     "denoise-small": lambda rounds: training("denoise", rounds, "small", others=("transformers",)),
     "compiled": lambda rounds: training("mlm", rounds, others=("transformers",), compile=True),
     "denoise-compiled": lambda rounds: training("denoise", rounds, others=("transformers",), compile=True),
+    "small-compiled": lambda rounds: training("mlm", rounds, "small", others=("transformers",), compile=True),
+    "denoise-small-compiled": lambda rounds: training("denoise", rounds, "small", ("transformers",), compile=True),
     "frozen": frozen,
     "vocabulary": vocabulary,
     "generation": generation,

@@ -3,5 +3,5 @@
 . "$(dirname "$0")/scale.sh"
 after bart-12e12d
 python "$CODE/extract.py" bart-12e12d.pt --out bart-12e12d+enc.pt
-$TORCHRUN "$CODE/train_encoder.py" $SHAPE --init bart-12e12d+enc.pt --steps $MORE --out bart-12e12d+mlm.pt "$@"
+$TORCHRUN "$CODE/train_encoder.py" $SHAPE $MLM --init bart-12e12d+enc.pt --steps $MORE --out bart-12e12d+mlm.pt "$@"
 python "$CODE/eval.py" bart-12e12d+mlm.pt --task loss --out results.jsonl

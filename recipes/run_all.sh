@@ -55,13 +55,6 @@ row() { # ROW [SEED]: its recipe
   SEED=$seed "$CODE/recipes/$1.sh" $(resume "$runs/$1")
 }
 
-first() { # NAME FLAGS...: a first stage that is no row of the paper
-  local name=$1
-  shift
-  $TORCHRUN "$CODE/train_encoder.py" $SHAPE --steps $STEPS "$@" --out "$name.pt" $(resume "$name")
-  python "$CODE/eval.py" "$name.pt" --task loss --out results.jsonl
-}
-
 second() { # NAME FLAGS...: a second stage that is no row of the paper
   local name=$1
   shift
@@ -125,12 +118,6 @@ jobs() { # costs are about those of 100 MLM updates, as one sees them with `tiny
   job 2stage-bart-12e12d-attn-f 25 row 2stage-bart-12e12d-attn-f
   scores seq2seq 2stage-bart-12e12d-attn-f
   # Beyond the paper: a cheaper way to both models? --steps comes last and wins.
-  job mask40 21 first mask40 --mask-prob 0.4
-  scores encoder mask40
-  job mask40-unfrz 30 second mask40-unfrz --init mask40.pt --unfreeze-at 0.5
-  scores seq2seq mask40-unfrz
-  job half-mask40 22 second half-mask40 --init mask40.pt --unfreeze-at 0.5 --steps $((STEPS / 2))
-  scores seq2seq half-mask40
   job init-decoder 30 second init-decoder --init roberta-12e.pt --unfreeze-at 0.5 --init-decoder
   job half 22 second half --init roberta-12e.pt --unfreeze-at 0.5 --steps $((STEPS / 2))
   job half-init-decoder 22 second half-init-decoder --init roberta-12e.pt --unfreeze-at 0.5 --init-decoder --steps $((STEPS / 2))

@@ -10,11 +10,12 @@
 set -eu
 
 # From scratch; the second stage, 0.7 of it; the MLM continuation, 1/5 of it. Decoders of 1/6 and 1/12, at least a layer.
+MLM=""
 case ${SCALE:=demo} in
 demo) SHAPE="--preset tiny --batch-size 32 --seq-len 128" STEPS=150 SECOND=105 MORE=30 SIXTH=1 TWELFTH=1 ;;
-mini) # 4M tokens a model from scratch: Muon, small batches and no dropout to learn enough from so few
-  SHAPE="--preset tiny --batch-size 16 --seq-len 128 --optimizer muon --dropout 0" STEPS=2000 SECOND=1400 MORE=400
-  SIXTH=1 TWELFTH=1 ;;
+mini) # 8M tokens a model from scratch: Muon, more masks and no dropout to learn enough from so few
+  SHAPE="--preset tiny --batch-size 32 --seq-len 128 --optimizer muon --dropout 0" STEPS=2000 SECOND=1400 MORE=400
+  MLM="--mask-prob 0.4" SIXTH=1 TWELFTH=1 ;;
 paper) # 1M tokens a batch
   SHAPE="--preset paper --batch-size 2048 --micro-batch-size 32 --seq-len 512 --save-every 2000 --eval-every 10000"
   STEPS=500000 SECOND=350000 MORE=100000 SIXTH=2 TWELFTH=1 ;;
