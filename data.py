@@ -34,7 +34,7 @@ import numpy as np
 import sentencepiece as spm
 from tqdm import tqdm
 
-from objectives import ORDER, InputError, SpecialIds, sample_rng
+from objectives import ORDER, InputError, OneProcessError, SpecialIds, sample_rng
 
 HERE = Path(__file__).resolve().parent
 SAMPLE_TEXT, SAMPLE_DATA = HERE / "sample" / "text", HERE / "sample" / "data"  # the embedded corpus, and its shards
@@ -67,7 +67,7 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
     except InputError as error:
-        if rank() == 0 or error.of_one_process:  # under torchrun every process finds the same mistake
+        if rank() == 0 or isinstance(error, OneProcessError):  # under torchrun every process finds the same mistake
             print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:  # RuntimeError is what torch raises, on a GPU too
@@ -548,7 +548,7 @@ class _Tokens:
             start, length = start + len(part), length - len(part)
         tokens = np.concatenate(parts).astype(np.int64)
         if len(tokens) and tokens.max() >= self.vocab_size:
-            raise InputError(
+            raise OneProcessError(
                 f"{self.folder}: a shard holds token {tokens.max()}, over the vocabulary; run data.py again"
             )
         return tokens

@@ -17,7 +17,9 @@ import numpy as np
 class InputError(ValueError):
     """A mistake of the user's: one line that names what is wrong and the remedy; the commands exit with status 2."""
 
-    of_one_process = False  # true for a fault that only one of several processes may see
+
+class OneProcessError(InputError):
+    """A fault that only one of several processes may see."""
 
 
 IGNORE = -100  # label of a position that carries no loss, as in model.py

@@ -41,7 +41,7 @@ from tqdm import tqdm
 from checkpoint import load_checkpoint, save_checkpoint
 from data import SAMPLE_DATA, SAMPLE_OPTIONS, SAMPLE_TEXT, TokenData, prepare, rank, say
 from model import IGNORE, PRESETS, ModelConfig, flag
-from objectives import NOISE, VALID_NOISE, InputError, sample_rng
+from objectives import NOISE, VALID_NOISE, InputError, OneProcessError, sample_rng
 
 Example = dict[str, np.ndarray]  # arguments of the model's forward for one row, or for a batch of them
 Objective = Callable[[np.ndarray, np.random.Generator], Example]
@@ -482,10 +482,10 @@ def fit(run: Run, model: nn.Module, objective: Objective, frozen: Callable[[int]
     except RuntimeError as error:
         for sign, meaning in LOST.items():
             if sign in str(error):
-                lost = InputError(f"process {rank()}: {meaning}; start the run again with --resume")
-                lost.of_one_process = True
-                raise lost from None
+                raise OneProcessError(f"process {rank()}: {meaning}; start the run again with --resume") from None
         raise
+    except OneProcessError as error:  # from a row worker it comes behind torch's account of where it was
+        raise OneProcessError(str(error).strip().rsplit("OneProcessError: ", 1)[-1]) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -197,7 +197,7 @@ def test_a_rank_that_dies_or_hangs_ends_the_run(encoder, launch, tmp_path, fault
 
 
 def test_row_workers(command, data_dir, tmp_path, monkeypatch):
-    """The same weights with them; one that dies ends the run with one line."""
+    """The same weights with them; one that dies, or finds a damaged shard, ends the run with one line."""
     flags = ["--data", data_dir, *SMALL, *ROWS, "--steps", 6]
     command(train_encoder, *flags, "--out", "none.pt")
     command(train_encoder, *flags, "--out", "some.pt", "--workers", 1)
@@ -213,6 +213,15 @@ def test_row_workers(command, data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(TokenData, "row", dies)
     with pytest.raises(InputError, match="a process that prepares rows died"):
         command(train_encoder, *flags, "--out", "dead.pt", "--workers", 1)
+
+    def damaged(self, i):
+        for tokens in self.train.values():
+            tokens.vocab_size = 1  # as if the shard's tokens were over the vocabulary
+        return real(self, i)
+
+    monkeypatch.setattr(TokenData, "row", damaged)
+    with pytest.raises(InputError, match="^[^\n]*: a shard holds token [^\n]*; run data.py again$"):
+        command(train_encoder, *flags, "--out", "damaged.pt", "--workers", 1)
 
 
 def test_one_run_at_a_time(command, data_dir, tmp_path):
