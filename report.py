@@ -67,6 +67,24 @@ def task_table(results: list[dict], kind: str, tasks: list[str]) -> str:
     return "\n".join(out) + "\n"
 
 
+def loss_table(results: list[dict], kind: str) -> str:
+    """Markdown: the held-out losses of each model of a kind in each language; "" where there is one language."""
+    mine = [r for r in results if r["task"] == "loss" and r["kind"] == kind]
+    languages = sorted({r["language"] for r in mine})
+    if len(languages) < 2:
+        return ""
+    out = [f"| nats | {' | '.join(languages)} | mean |", "|---" * (2 + len(languages)) + "|"]
+    entropy = {r["language"]: r.get("unigram_entropy") for r in mine}
+    if all(entropy.values()):
+        cells = [f"{x:.2f}" for x in (*(entropy[x] for x in languages), statistics.mean(entropy.values()))]
+        out.append(f"| unigram entropy | {' | '.join(cells)} |")
+    for name in in_order({r["row"] for r in mine}):
+        of = [r for r in mine if r["row"] == name]
+        cells = [over_runs([r for r in of if r["language"] == language]) for language in languages]
+        out.append(f"| {' | '.join([name, *cells, over_runs(of)])} |")
+    return "\n".join(out) + "\n"
+
+
 SWEEP = ("2stage-bart-12e12d", "2stage-bart-12e12d-unfrz", "unfreeze-at-")  # rows that differ in --unfreeze-at alone
 
 
@@ -92,6 +110,8 @@ def report(paths: list[Path], out: Path) -> None:
             text += (
                 f"# {'Encoder' if kind == 'encoder' else 'Generation'} tasks\n\n{task_table(results, kind, names)}\n"
             )
+        if table := loss_table(results, kind):
+            text += f"Held-out losses:\n\n{table}\n"
     text += "Mean ± standard deviation over the runs; scores in percent, FLOPs of the whole history.\n"
     if len(points := sweep(results)) > 1:
         text += "\n# When to unfreeze\n\n| `--unfreeze-at` | held-out loss, nats | FLOPs |\n|---|---|---|\n"

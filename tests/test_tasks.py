@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -418,7 +419,8 @@ def test_report(command, checkpoints, folder, capsys):
         command(evaluation, f"{name}.pt", "--task", "loss", "--out", "losses.jsonl")
     command(evaluation, "r.jsonl", "losses.jsonl", "--report", "OUT")
     text = (checkpoints / "OUT" / "tables.md").read_text()
-    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    of_tasks = re.sub(r"Held-out losses:\n\n(\|.*\n)+", "", text)
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in of_tasks.splitlines() if line.startswith("|")]
     assert [line[0] for line in table] == ["model", "---", "roberta-12e", "bart-12e12d", "model", "---", "bart-12e12d"]
     assert table[0][:3] == ["model", "FLOPs", "held-out loss, nats"]
     assert table[0][3:] == ["nli, accuracy: others", "nli: trained", "pos, accuracy: others", "pos: trained"]
@@ -427,6 +429,8 @@ def test_report(command, checkpoints, folder, capsys):
     assert table[3][6] == tasks.mean_sd(english[:2]) and table[3][3] == "-" and " ± " in table[3][6]
     assert all(r["n_train"] == (9 if r["task"] == "summ" else 50) for r in results)
     losses = [json.loads(line) for line in (checkpoints / "losses.jsonl").read_text().splitlines()]
+    entropy = {r["language"]: f"{r['unigram_entropy']:.2f}" for r in losses}
+    assert f"| unigram entropy | {entropy['de']} | {entropy['en']} | {entropy['hi']} |" in text
     of_bart = [r["loss"] for r in losses if r["kind"] == "seq2seq"]
     assert table[3][2] == "-" and table[6][2] == f"{sum(of_bart) / 3:.3f}"  # an encoder's loss is of another objective
     assert float(table[2][1]) < float(table[3][1])  # the second stage adds to the first
@@ -456,6 +460,11 @@ def test_report_of_runs_from_other_seeds_and_the_sweep(command, checkpoints):
     command(evaluation, "a.jsonl", "b.jsonl", "--report", "OUT")
     text = Path("OUT/tables.md").read_text()
     assert "| bart-12e12d | 2.00e+09 | 2.100 ± 0.141 |" in text
+    assert (
+        "| nats | de | en | mean |\n|---|---|---|---|\n| bart-12e12d | 3.10 ± 0.14 | 1.10 ± 0.14 | 2.10 ± 0.14 |"
+        in text
+    )
+    assert "| 2stage-bart-12e12d | - | 4.00 | 4.00 |" in text
     curve = text[text.index("# When to unfreeze") :].splitlines()[4:]
     assert curve == ["| 0 | 1.500 | 2.00e+09 |", "| 0.5 | 2.000 | 1.50e+09 |", "| 1 | 4.000 | 1.00e+09 |"]
     assert Path("OUT/unfreeze-at.png").stat().st_size > 5000
