@@ -151,4 +151,4 @@ def test_the_results_are_those_of_the_file(user, tmp_path, folder):
     tables = Path("OUT/tables.md").read_text()
     assert tables == (folder / "tables.md").read_text()
     rows = [line for line in tables.splitlines() if line.startswith("|")]
-    assert sum(row in TEXT.splitlines() for row in rows) > 3
+    assert sum(row in TEXT.splitlines() for row in rows) > 6
