@@ -146,7 +146,7 @@ def test_every_file_and_function_that_is_named_exists():
 
 @pytest.mark.parametrize("folder", sorted((ROOT / "results").iterdir()), ids=lambda folder: folder.name)
 def test_the_results_are_those_of_the_file(user, tmp_path, folder):
-    """The tables are regenerated from the collected numbers, and stand in the README as they are, the plateau's in words."""
+    """The tables are regenerated from the collected numbers; the README has them as they are, the plateau in words."""
     user(f"python eval.py {folder / 'results.jsonl'} --report OUT")
     tables = Path("OUT/tables.md").read_text()
     assert tables == (folder / "tables.md").read_text()
