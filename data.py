@@ -63,21 +63,31 @@ def say(line: str) -> None:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Runs a command's main function; an InputError becomes one line on stderr and exit status 2."""
+    """Runs a command's main function; an InputError becomes one line on stderr and exit status 2.
+
+    One process of several ends at once, without the interpreter's tear-down: a thread of the process group that lets go
+    of a tensor in that moment would abort it, its work all done (github.com/pytorch/pytorch/issues/190489).
+    """
+    status = 0
     try:
         main()
     except InputError as error:
         if rank() == 0 or isinstance(error, OneProcessError):  # under torchrun every process finds the same mistake
             print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        status = 2
     except (MemoryError, RuntimeError) as error:  # RuntimeError is what torch raises, on a GPU too
         if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
             raise
         name, reason = Path(sys.argv[0]).name, str(error).split("\n")[0][:200]
         print(f"{name}: out of memory ({reason}); smaller micro-batches or a smaller model need less", file=sys.stderr)
-        sys.exit(2)
+        status = 2
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 # Text --------------------------------------------------------------------------------------------------------------

@@ -27,10 +27,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-
-# Imported once a process group exists (DDP does), its functions hold the group as a default argument: gloo's threads
-# then live on past its destruction, and now and then one meets the interpreter's end and aborts the process.
-import torch.distributed.nn
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor

@@ -46,12 +46,56 @@ def faulty(run, wrapped, optimizers, examples, step, frozen, stop):
         return out
     return update(run, wrapped, optimizers, examples, step, frozen, stop)
 
+def main():
+    train_seq2seq.main()
+    if seen and not fault and not hasattr(seen[0], "unshard"):
+        model = getattr(seen[0], "module", seen[0])
+        torch.save(model.state_dict(), f"{{os.environ['NAME']}}.rank{{rank}}")
+
 trainer._update = faulty
-data.run_command(train_seq2seq.main)
-if seen and not fault and not hasattr(seen[0], "unshard"):
-    model = getattr(seen[0], "module", seen[0])
-    torch.save(model.state_dict(), f"{{os.environ['NAME']}}.rank{{rank}}")
+data.run_command(main)
 """
+
+# Rank 1 comes to its end while a thread of the process group waits for the interpreter, to let go of a tensor.
+LATE = f"""
+import ctypes, os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import data, torch
+import torch.distributed as dist
+
+class Slow:
+    def __del__(self):
+        time.sleep(1)  # draws the interpreter's tear-down out
+
+def main():
+    dist.init_process_group("gloo")
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))  # held for ever, as the caches of DTensor do
+    dist.barrier()
+    if dist.get_rank() == 0:
+        time.sleep(1)
+        dist.all_reduce(torch.ones(1))
+    else:
+        tensor = torch.ones(1)
+        tensor.of_python = True
+        work = dist.group.WORLD.allreduce([tensor])
+        del tensor, work
+        sys.setswitchinterval(1000)  # from here on no other thread gets the interpreter
+        until = time.time() + 3
+        while time.time() < until:
+            pass
+    print("done")
+
+slow = Slow()
+data.run_command(main)
+"""
+
+
+def test_the_end_of_a_process_group_is_no_abort(tmp_path):
+    """A thread that needs the interpreter while it is torn down ends the process with SIGABRT."""
+    (tmp_path / "late.py").write_text(LATE)
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "late.py"]
+    done = subprocess.run(line, cwd=tmp_path, text=True, capture_output=True, timeout=200)
+    assert done.returncode == 0 and done.stdout.count("done") == 2, done.stderr
 
 
 @pytest.fixture
