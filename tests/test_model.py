@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import IGNORE, PRESETS, Fusion, MaskedLM, ModelConfig, ProjectionLoss, Seq2Seq, generate
+from model import IGNORE, PRESETS, Fusion, MaskedLM, ModelConfig, ProjectionLoss, Seq2Seq, generate, plain_attention
 
 SMALL = dict(vocab_size=120, d_model=32, n_heads=4, d_ff=64, n_encoder_layers=2, max_len=24)
 BOS, EOS, PAD = 1, 2, 0
@@ -83,6 +83,37 @@ def test_bf16_loss_is_close():
     assert abs(rounded / exact - 1) < 1e-3
     a, b = (torch.autograd.grad(x, weight)[0] for x in (exact, rounded))
     assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999
+
+
+@pytest.mark.parametrize("masked, causal", [(False, False), (True, False), (False, True)])
+def test_plain_attention_is_torchs(masked, causal):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, 2, n, 16, requires_grad=True) for n in (7, 7 if causal else 9, 7 if causal else 9))
+    mask = (torch.arange(9) < torch.tensor([9, 4, 1])[:, None])[:, None, None] if masked else None
+    ours = plain_attention(q, k, v, mask, causal)
+    theirs = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    weight = torch.randn_like(ours)
+    for a, b in zip(*(torch.autograd.grad((y * weight).sum(), (q, k, v)) for y in (ours, theirs))):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_in_bf16_is_close_to_that_in_fp32(monkeypatch):
+    """On a CPU bf16 takes the one written out; its losses and gradients are those of fp32 to the rounding of bf16."""
+    calls = []
+    monkeypatch.setattr("model.plain_attention", lambda *a, **k: calls.append(1) or plain_attention(*a, **k))
+    torch.manual_seed(0)
+    model, src, tgt = seq2seq(), torch.randint(6, 120, (4, 10)), torch.randint(6, 120, (4, 12))
+    mask = torch.arange(10) < torch.tensor([10, 7, 3, 1])[:, None]
+    exact = model(src, tgt, tgt, mask)
+    assert not calls
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(src, tgt, tgt, mask)
+    assert calls and abs(rounded / exact - 1) < 5e-3
+    a, b = (
+        torch.cat([g.flatten() for g in torch.autograd.grad(x, list(model.parameters()))]) for x in (exact, rounded)
+    )
+    assert F.cosine_similarity(a, b, dim=0) > 0.999
 
 
 def test_losses_are_those_of_the_logits():
