@@ -286,6 +286,7 @@ def main() -> None:
     if len(args.more) != (args.task in ("fill", "generate")):
         takes = "takes one sentence, in quotes" if args.task in ("fill", "generate") else "takes one checkpoint alone"
         raise InputError(f"--task {args.task or 'loss'} {takes}")
+    trainer.keep_memory()
     if args.task in tasks.METRICS:
         run_task(args)
         return

@@ -12,6 +12,7 @@ not interrupted. Everything about one objective stays in train_encoder.py and tr
 
 import argparse
 import contextlib
+import ctypes
 import fcntl
 import json
 import math
@@ -40,6 +41,8 @@ from model import IGNORE, PRESETS, ModelConfig, flag
 from objectives import NOISE, VALID_NOISE, InputError, OneProcessError, sample_rng
 
 Example = dict[str, np.ndarray]  # arguments of the model's forward for one row, or for a batch of them
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
 Objective = Callable[[np.ndarray, np.random.Generator], Example]
 
 
@@ -259,8 +262,21 @@ def device() -> torch.device:
     return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def keep_memory() -> None:
+    """Has the C library keep the memory that is freed, where it is glibc, which by itself hands most of it back.
+
+    Every update would else ask the system for its tensors' pages anew, and have each zeroed as it is first touched: on
+    a CPU 3 to 20 % of an update (benchmarks/README.md).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(M_MMAP_THRESHOLD, 1 << 25)  # the most it takes: what is larger may still be mapped, and unmapped
+        mallopt(M_TRIM_THRESHOLD, -1)  # the end of the heap is never handed back
+
+
 def _start_processes(timeout: int) -> None:
     """Joins the process group that torchrun describes in the environment; alone, there is none."""
+    keep_memory()
     if _world() > 1 and not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))

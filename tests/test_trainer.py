@@ -1,3 +1,4 @@
+import ctypes
 import json
 import math
 import os
@@ -183,6 +184,20 @@ def test_two_processes_train_the_same_model(command, data_dir, encoder, tmp_path
         torch.testing.assert_close(two[name], x, rtol=1e-4, atol=1e-5)
     a, b = (metrics(tmp_path / f"{name}.run" / "metrics.jsonl")[-1]["held_out"] for name in ("one", "two"))
     assert a == pytest.approx(b, abs=1e-4)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+def test_freed_memory_is_kept():
+    """The pages of a tensor that was freed serve the next one, even where malloc is told to hand back all it can."""
+    code = "import resource, torch, trainer\nfaults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+    code += "{}\nfor turn in range(6):\n    before = faults()\n"
+    code += "    tensors = [torch.ones(4 << 20) for _ in range(3)]\n    del tensors\nprint(faults() - before)"
+    environment = dict(os.environ, MALLOC_TRIM_THRESHOLD_="0", MALLOC_MMAP_THRESHOLD_="4096")
+    pages = 3 * (16 << 20) // resource.getpagesize()
+    for keep, least, most in (("", pages, 2 * pages), ("trainer.keep_memory()", 0, pages / 100)):
+        line = [sys.executable, "-c", code.format(keep)]
+        done = subprocess.run(line, cwd=ROOT, env=environment, text=True, capture_output=True, check=True)
+        assert least <= int(done.stdout) <= most
 
 
 def test_frozen_encoder_costs_no_backward(data_dir):
