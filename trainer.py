@@ -165,7 +165,9 @@ def start(description: str, kind: str, objective: type) -> Run:
     configs = [TrainConfig, ModelConfig, objective]
     flags = _parse_flags(description, kind, configs)
     out, resume = flags.pop("out"), flags.pop("resume", False)
-    preset = PRESETS.get(flags.pop("preset", None))
+    preset = PRESETS.get(flags.pop("preset", None), {})
+    if preset and kind == "encoder":
+        preset = preset | {"n_decoder_layers": 0}
     defaults = {f.name: f.default for config in configs for f in fields(config)}
     if out.suffix != ".pt":
         raise InputError(f"--out {out}: name it something.pt; what the run keeps goes to something.run")
@@ -177,7 +179,8 @@ def start(description: str, kind: str, objective: type) -> Run:
             raise InputError(f"{folder}: nothing to resume; start without --resume")
         state = load_checkpoint(newest, kind)
         _check_state(newest, state)
-        settings = defaults | _resumed(state["settings"], {**(preset or {}), **flags}, newest)
+        shape = {name: value for name, value in preset.items() if name != "dropout"}  # of --init it was that encoder's
+        settings = defaults | _resumed(state["settings"], shape | flags, newest)
     else:
         for path in (out, newest):
             if path.is_file():
@@ -228,15 +231,15 @@ def _resumed(stored: dict, flags: dict, newest: Path) -> dict:
     return stored | {name: value for name, value in flags.items() if name in FREE_ON_RESUME}
 
 
-def _shape(preset: dict | None, init: dict | None, flags: dict) -> dict:
+def _shape(preset: dict, init: dict | None, flags: dict) -> dict:
     """Shape of a new run's model: the preset's, or that of --init's encoder with a decoder as deep, or tiny's."""
     if init is None:
         return preset or PRESETS["tiny"]
     shape = {name: value for name, value in init["config"].items() if name not in ("n_decoder_layers", "fusion")}
-    for name, value in {**(preset or {}), **flags}.items():
+    for name, value in (preset | flags).items():
         if name != "dropout" and shape.get(name, value) != value:
             raise InputError(f"{flags['init']}: its {name} is {shape[name]}, the flags ask for {value}; change one")
-    return {"n_decoder_layers": shape["n_encoder_layers"]} | (preset or {}) | shape | {"seq_len": shape["max_len"]}
+    return {"n_decoder_layers": shape["n_encoder_layers"]} | preset | shape | {"seq_len": shape["max_len"]}
 
 
 def open_data(folder: Path, seq_len: int, seed: int = 0, alpha: float = 0.5) -> TokenData:

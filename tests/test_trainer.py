@@ -386,6 +386,18 @@ def test_resume_with_a_contradicting_flag_is_refused(command, data_dir, encoder,
     command(train_encoder, "--resume", "--steps", 3, "--log-every", 1, "--data", data_dir)  # no contradiction
 
 
+def test_the_command_that_began_a_run_resumes_it(command, data_dir, monkeypatch, tmp_path):
+    """With --preset, whose decoder an encoder leaves out and whose dropout is not that of the encoder of --init."""
+    monkeypatch.setitem(trainer.PRESETS, "small", {**PRESETS["small"], "d_model": 32, "n_heads": 2, "d_ff": 64})
+    flags = ["--data", data_dir, "--preset", "small", *ROWS, "--steps", 2]
+    command(train_encoder, *flags, "--dropout", 0, "--out", "enc.pt")
+    command(train_encoder, *flags, "--dropout", 0, "--out", "enc.pt", "--resume")
+    command(train_seq2seq, *flags, "--init", "enc.pt", "--out", "two.pt")
+    command(train_seq2seq, *flags, "--init", "enc.pt", "--out", "two.pt", "--resume")
+    settings = load_checkpoint(tmp_path / "two.pt")["history"][-1]["settings"]
+    assert settings["dropout"] == 0 and settings["n_decoder_layers"] == 6
+
+
 def test_resume_on_other_data_is_refused(command, data_dir, encoder, tmp_path):
     other = tmp_path / "other"
     meta = json.loads((data_dir / "meta.json").read_text())
