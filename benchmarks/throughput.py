@@ -1,6 +1,6 @@
 """This project beside what one would use instead, on this machine, in one run: tokens a second and peak memory.
 
-    python benchmarks/throughput.py                     # all of it, about half an hour on 2 cores
+    python benchmarks/throughput.py                     # all of it, about 45 minutes on 2 cores
     python benchmarks/throughput.py --only mlm noise --rounds 3
 
 Every contender is a process of its own that stays alive; they take turns (A B A B), a round being a few updates of
