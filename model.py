@@ -72,7 +72,7 @@ def plain_attention(
 ) -> Tensor:  # [B, H, T, K], 2 x [B, H, S, K] -> [B, H, T, K]
     """softmax(q k^T / sqrt(K)) v, step by step (Vaswani et al. 2017, equation 1): `scaled_dot_product_attention`.
 
-    On a CPU, in bf16, it takes half the time of torch's one operation, or a third, in rows of up to 512 tokens.
+    On a CPU, in bf16, it takes about half the time of torch's one operation, in rows of up to 512 tokens.
     """
     scores = q * q.shape[-1] ** -0.5 @ k.mT  # [B, H, T, S]
     if is_causal:

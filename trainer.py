@@ -41,9 +41,8 @@ from model import IGNORE, PRESETS, ModelConfig, flag
 from objectives import NOISE, VALID_NOISE, InputError, OneProcessError, sample_rng
 
 Example = dict[str, np.ndarray]  # arguments of the model's forward for one row, or for a batch of them
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-
 Objective = Callable[[np.ndarray, np.random.Generator], Example]
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,32 @@ def test_attention_in_bf16_is_close_to_that_in_fp32(monkeypatch):
     assert F.cosine_similarity(a, b, dim=0) > 0.999
 
 
+def test_attention_in_bf16_trains_as_in_fp32(monkeypatch):
+    """The loss curve of a small model is the same under attention written out in bf16 and torch's in fp32."""
+
+    def in_fp32(q, k, v, attn_mask, is_causal):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask, is_causal=is_causal)
+
+    def curve(attend):
+        monkeypatch.setattr("model.plain_attention", attend)
+        torch.manual_seed(0)
+        model, losses = seq2seq(), []
+        optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+        rows = torch.randint(6, 120, (8, 12))
+        for _ in range(60):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(rows, rows, rows.roll(-1, 1)) / rows.numel()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return torch.tensor(losses)
+
+    ours, theirs = curve(plain_attention), curve(in_fp32)
+    assert ours[-1] < 0.6 * ours[0]
+    assert (ours - theirs).abs().max() < 0.02 * ours[0]
+
+
 def test_losses_are_those_of_the_logits():
     src = torch.randint(6, 120, (3, 10))
     labels = torch.where(torch.rand(3, 10) < 0.4, src, IGNORE)
