@@ -72,7 +72,8 @@ def plain_attention(
 ) -> Tensor:  # [B, H, T, K], 2 x [B, H, S, K] -> [B, H, T, K]
     """softmax(q k^T / sqrt(K)) v, step by step (Vaswani et al. 2017, equation 1): `scaled_dot_product_attention`.
 
-    On a CPU, in bf16, it takes about half the time of torch's one operation, in rows of up to 512 tokens.
+    On a CPU, in bf16, it takes about half the time of torch's one operation, in rows of up to 512 tokens; for a single
+    query, as generation has them, three quarters.
     """
     scores = q * q.shape[-1] ** -0.5 @ k.mT  # [B, H, T, S]
     if is_causal:
@@ -102,7 +103,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         """What each x [B, T, D] gathers from the values; mask [B, 1, 1, S] is True where there is a real token."""
         q = self._heads(self.q(x))  # [B, H, T, K]
-        by_hand = q.device.type == "cpu" and q.dtype == torch.bfloat16
+        by_hand = q.device.type == "cpu" and (q.dtype == torch.bfloat16 or q.shape[2] == 1)
         attend = plain_attention if by_hand else F.scaled_dot_product_attention
         with torch.autocast(q.device.type, enabled=False):  # the operands have their dtype already
             y = attend(q, k, v, attn_mask=mask, is_causal=causal)  # [B, H, T, K]
@@ -260,10 +261,12 @@ class ProjectionLoss(torch.autograd.Function):
 
     Since the loss is a sum, its gradient is known as soon as a chunk's logits are: it is taken in the forward pass,
     while they are at hand, and only scaled in the backward pass. Gradients nobody needs (a frozen embedding) are not
-    computed. At a 150k vocabulary the logits of 64 rows of 512 would be 9.8 GB in bf16; a chunk here is 64 MB.
+    computed. At a 150k vocabulary the logits of 64 rows of 512 would be 9.8 GB in bf16; a chunk here is 32 MB.
+    Products are over whole chunks; on a CPU the softmax between them, in fp32, takes as many rows as its cache holds.
     """
 
     CHUNK_LOGITS = 2**24  # logits at a time
+    CACHED_LOGITS = 2**20  # of them as many as a CPU's cache holds in fp32: 4 MB
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
@@ -275,32 +278,27 @@ class ProjectionLoss(torch.autograd.Function):
         d_weight = torch.zeros_like(weight) if need[1] else None
         d_bias = torch.zeros_like(bias) if need[2] else None
         rows = min(len(targets), max(1, ProjectionLoss.CHUNK_LOGITS // len(weight)))
+        few = max(1, ProjectionLoss.CACHED_LOGITS // len(weight)) if device == "cpu" else rows
         product = hidden.new_empty(rows, len(weight), dtype=dtype)  # the buffers serve every chunk: on a CPU, fresh
-        buffer = hidden.new_empty(rows, len(weight), dtype=torch.float32)  # memory costs more than the arithmetic
-        d_part = torch.empty_like(w) if need[1] else None
+        d_part = torch.empty_like(w) if need[1] else None  # memory costs more than the arithmetic
         for start in range(0, len(targets), max(1, rows)):
-            part = slice(start, start + rows)
-            h, target = h_all[part], targets[part, None]  # [N, D], [N, 1]
-            logits = buffer[: len(h)].copy_(torch.mm(h, w.T, out=product[: len(h)]))  # [N, V], fp32 from here on
-            if bias is not None:
-                logits += bias
-            real = target != IGNORE
-            target = target.clamp(min=0)
-            top, at_target = logits.amax(-1, keepdim=True), logits.gather(1, target)  # [N, 1]
-            unnormalised = logits.sub_(top).exp_()
-            z = unnormalised.sum(-1, keepdim=True)  # [N, 1]
-            total += ((z.log() + top - at_target) * real).sum()
-            if any(need):
-                d_logits = unnormalised.div_(z)  # softmax(logits), then minus one at the target
-                d_logits.scatter_add_(1, target, -torch.ones_like(z))
-                d_logits *= real
-                if d_bias is not None:
-                    d_bias += d_logits.sum(0)
-                d_logits = product[: len(h)].copy_(d_logits)
-                if d_hidden is not None:
-                    d_hidden[part] = d_logits @ w
-                if d_weight is not None:
-                    d_weight += torch.mm(d_logits.T, h, out=d_part)
+            h, target = h_all[start : start + rows], targets[start : start + rows, None]  # [N, D], [N, 1]
+            chunk = torch.mm(h, w.T, out=product[: len(h)])  # [N, V]: logits, then in their place d_logits
+            for part, at in zip(chunk.split(few), target.split(few)):
+                logits = part.float() if bias is None else part + bias.float()  # [n, V]
+                real, at = at != IGNORE, at.clamp(min=0)
+                p = logits.softmax(-1)
+                log_z = logits.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()  # [n, 1]
+                total += ((log_z - logits.gather(1, at)) * real).sum()
+                if any(need):
+                    d_logits = p.scatter_add_(1, at, -torch.ones_like(log_z)).mul_(real)
+                    if d_bias is not None:
+                        d_bias += d_logits.sum(0)
+                    part.copy_(d_logits)
+            if d_hidden is not None:
+                d_hidden[start : start + rows] = chunk @ w
+            if d_weight is not None:
+                d_weight += torch.mm(chunk.T, h, out=d_part)
         ctx.grads = d_hidden, d_weight, d_bias
         return total
 
@@ -421,7 +419,7 @@ def generate(
 
     def next_logits(tokens: Tensor) -> Tensor:  # [N, T] -> [N, V]
         hidden = model.decode(tokens[:, -1:] if use_cache else tokens, enc_out, src_mask, cache)[:, -1]
-        return F.linear(hidden, model.embed.weight).float()
+        return (model.embed.weight @ hidden.T).T.float()  # this way round a CPU is faster with few rows
 
     tokens = torch.full((len(enc_out), 1), bos, device=src.device)
     if beams > 1:

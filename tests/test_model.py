@@ -31,8 +31,10 @@ def masked_lm() -> MaskedLM:
 
 
 @settings(max_examples=50)
-@given(st.integers(1, 40), st.integers(2, 60), st.integers(1, 50), st.booleans(), st.integers(0, 2**31))
-def test_chunked_loss_equals_the_plain_one(n, vocab, rows, with_bias, seed):
+@given(
+    st.integers(1, 40), st.integers(2, 60), st.integers(1, 50), st.integers(1, 9), st.booleans(), st.integers(0, 2**31)
+)
+def test_chunked_loss_equals_the_plain_one(n, vocab, rows, few, with_bias, seed):
     torch.manual_seed(seed)
     hidden, weight = torch.randn(n, 8, requires_grad=True), torch.randn(vocab, 8, requires_grad=True)
     bias = torch.randn(vocab, requires_grad=True) if with_bias else None
@@ -40,13 +42,13 @@ def test_chunked_loss_equals_the_plain_one(n, vocab, rows, with_bias, seed):
     leaves = [x for x in (hidden, weight, bias) if x is not None]
     plain = F.cross_entropy(F.linear(hidden, weight, bias), targets, ignore_index=IGNORE, reduction="sum")
     expected = torch.autograd.grad(plain * 0.7, leaves)
-    whole = ProjectionLoss.CHUNK_LOGITS
+    whole, cached = ProjectionLoss.CHUNK_LOGITS, ProjectionLoss.CACHED_LOGITS
     try:
-        ProjectionLoss.CHUNK_LOGITS = rows * vocab
+        ProjectionLoss.CHUNK_LOGITS, ProjectionLoss.CACHED_LOGITS = rows * vocab, few * vocab
         chunked = ProjectionLoss.apply(hidden, weight, bias, targets)
         seen = torch.autograd.grad(chunked * 0.7, leaves)
     finally:
-        ProjectionLoss.CHUNK_LOGITS = whole
+        ProjectionLoss.CHUNK_LOGITS, ProjectionLoss.CACHED_LOGITS = whole, cached
     torch.testing.assert_close(chunked, plain, rtol=1e-5, atol=1e-5)
     for a, b in zip(seen, expected):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
