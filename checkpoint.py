@@ -50,7 +50,7 @@ def save_checkpoint(path: Path, content: dict) -> None:
             if hasattr(x, "full_tensor"):
                 x.full_tensor()
         return
-    part, written = path.with_name(path.name + ".part"), 0
+    part = path.with_name(path.name + ".part")
     try:
         with tempfile.TemporaryFile(dir=path.parent) as layout, open(part, "wb") as file:  # layout: a sparse file
             with torch.serialization.skip_data():
@@ -61,9 +61,9 @@ def save_checkpoint(path: Path, content: dict) -> None:
                 stem = next(iter(records)).rpartition("/")[0] if records else ""
                 for name in entries.keys() - records:
                     archive.writestr(name, frame.read(name))
-                for written, x in enumerate(tensors, 1):
+                for i, x in enumerate(tensors):
                     data = _whole(x).contiguous().flatten().view(torch.uint8).numpy()
-                    with archive.open(f"{stem}/{written - 1}", "w", force_zip64=True) as record:
+                    with archive.open(f"{stem}/{i}", "w", force_zip64=True) as record:
                         record.write(data.data)
             file.flush()
             os.fsync(file.fileno())
@@ -74,7 +74,9 @@ def save_checkpoint(path: Path, content: dict) -> None:
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-        raise InputError(f"{path}: cannot be written ({reason}); make room and use --resume") from None
+        raise InputError(
+            f"{path}: cannot be written ({reason}); make room or name another --out; a run goes on with --resume"
+        ) from None
 
 
 def load_checkpoint(path: Path, *kinds: str) -> dict:

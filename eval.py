@@ -197,6 +197,15 @@ def print_paper_saving() -> None:
         print(f"  {at:13}  {saved[0]:6.1%}  {saved[1]:6.1%}")
 
 
+def settings_of(checkpoint: dict) -> dict:
+    """The settings that a checkpoint was trained with, a later stage's before an earlier one's."""
+    # a model from elsewhere has no history, an extracted encoder a last stage without settings
+    settings = {"data": str(SAMPLE_DATA), "dtype": "fp32", "seq_len": checkpoint["config"]["max_len"]}
+    for stage in checkpoint["history"]:
+        settings |= stage["settings"]
+    return settings
+
+
 def run_task(args: argparse.Namespace) -> None:
     """Fine-tunes on one language, scores all, prints the table; every number goes to --out as soon as it is known."""
     folder = args.data or (HERE / "sample" / "slots" if args.task == "slots" else None)
@@ -210,7 +219,7 @@ def run_task(args: argparse.Namespace) -> None:
         train = [train[i] for i in sorted(chosen)]
     test = {language: tasks.read_split(args.task, folder, language, "test") for language in languages}
     tokenizer = load_tokenizer(checkpoint["tokenizer"], args.checkpoint)
-    dtype = checkpoint["history"][-1]["settings"].get("dtype", "fp32") if checkpoint["history"] else "fp32"
+    dtype = settings_of(checkpoint)["dtype"]
     how = dict(
         epochs=args.epochs, batch_size=args.batch_size, freeze=args.freeze_encoder, beams=args.beams, dtype=dtype
     )
@@ -219,7 +228,7 @@ def run_task(args: argparse.Namespace) -> None:
         checkpoint=str(args.checkpoint), kind=checkpoint["kind"], history=checkpoint["history"], task=args.task
     )
     about |= dict(data=str(folder), train_lang=args.train_lang, n_train=len(train), **how)
-    lrs, results = args.lr or [0.016 / math.sqrt(body.cfg.d_model)], []
+    lrs, results = args.lr or [trainer.default_lr(body.cfg.d_model)], []
     append(args.out, [])
     for result in tasks.evaluate(job, body, lrs, args.seeds, test):
         results.append(result)
@@ -302,10 +311,8 @@ def main() -> None:
     if args.task == "generate":
         print(show(tokenizer, ids, rebuild(model, ids, encode_sentence(tokenizer, ids, args.more[0]), args.beams)))
         return
-    settings = {"data": str(SAMPLE_DATA), "dtype": "fp32"}  # a model from elsewhere has no history
-    for stage in checkpoint["history"]:
-        settings |= stage["settings"]
-    data = trainer.open_data(args.data or Path(settings["data"]), model.cfg.max_len)
+    settings = settings_of(checkpoint)
+    data = trainer.open_data(args.data or Path(settings["data"]), settings["seq_len"])
     if data.tokenizer_model != checkpoint["tokenizer"]:
         folder = args.data or settings["data"]
         raise InputError(f"{folder}: its tokenizer is not that of {args.checkpoint}; prepare it with --tokenizer")

@@ -94,7 +94,7 @@ def _hf_names(kind: str, name: str) -> list[str]:
 
 
 def hf_config(cfg: ModelConfig, ids: SpecialIds):
-    """Their configuration of our model."""
+    """Their configuration (a PretrainedConfig) of our model."""
     common = dict(pad_token_id=ids.pad, bos_token_id=ids.bos, eos_token_id=ids.eos, tie_word_embeddings=True)
     if cfg.n_decoder_layers == 0:
         return _transformers().XLMRobertaXLConfig(
@@ -270,6 +270,8 @@ def main() -> None:
     args = parser.parse_args()
     if (args.checkpoint is None) != (args.from_hf is not None):
         raise InputError("name a checkpoint, or a folder with --from-hf; not both")
+    if args.from_hf and args.to_hf:
+        raise InputError("--from-hf and --to-hf: one at a time")
     if args.to_hf is None and args.out.exists():
         raise InputError(f"{args.out}: exists; give another --out")
     if args.from_hf:

@@ -1,8 +1,8 @@
 """The one training loop, for both stages: flags, process group, optimizer, schedule, freezing, checkpoints, ledger.
 
-A run is a function of its settings: sample i and its noise follow from (seed, i), dropout from (seed, step), freezing
-from the step. So a checkpoint holds weights, optimizer and one integer, and a resumed run repeats the run that was
-not interrupted. Everything about one objective stays in train_encoder.py and train_seq2seq.py.
+A run is a function of its settings: sample i and its noise follow from (seed, i), dropout from (seed, step, process),
+freezing from the step. So a checkpoint holds weights, optimizer and what was spent, and a resumed run repeats the run
+that was not interrupted. Everything about one objective stays in train_encoder.py and train_seq2seq.py.
 
     enc.pt                    the result (checkpoint.py)
     enc.run/000000500.pt      a checkpoint to resume from, named by its step; the newest --keep of them
@@ -89,7 +89,7 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be in [0, 1]")
 
 
-# They change no result, at most its rounding.
+# They change no result but by rounding, and with dropout by which units a row loses.
 FREE_ON_RESUME = {"data", "micro_batch_size", "save_every", "eval_every", "log_every", "keep", "parallel"}
 FREE_ON_RESUME |= {"activation_checkpointing", "compile", "workers", "timeout"}
 MAX_NOT_FINITE = 3  # updates in a row
@@ -127,17 +127,32 @@ def build(config: type, settings: dict) -> object:
     given = {f.name: settings[f.name] for f in fields(config) if f.name in settings}
     for f in fields(config):
         if f.name in given and not isinstance(given[f.name], (int, float) if f.type is float else f.type):
-            raise InputError(f"--{f.name.replace('_', '-')} {given[f.name]!r}: a {f.type.__name__} is needed")
+            raise InputError(f"{flag_name(f.name)} {given[f.name]!r}: a {f.type.__name__} is needed")
     try:
         return config(**given)
     except ValueError as error:
-        raise InputError(f"--{str(error).replace('_', '-')}") from None
+        name, _, rest = str(error).partition(" ")
+        raise InputError(f"{flag_name(name)} {rest}") from None
+
+
+def flag_name(name: str) -> str:
+    """The command-line flag of a config's field."""
+    short = {"n_decoder_layers": "decoder_layers", "n_encoder_layers": "encoder_layers"}.get(name, name)
+    return f"--{short.replace('_', '-')}"
+
+
+def default_lr(d_model: int) -> float:
+    """AdamW's peak rate where none is given; a width that no model can have is refused later, by ModelConfig."""
+    return 0.016 / math.sqrt(max(1, d_model))
 
 
 def _parse_flags(description: str, kind: str, configs: list[type]) -> dict:
     """Only the flags that were given; every field of the configs that has a default is one."""
     default_out = {"encoder": "enc.pt", "seq2seq": "seq2seq.pt"}[kind]
-    parser = argparse.ArgumentParser(description=description, argument_default=argparse.SUPPRESS)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        description=description, argument_default=argparse.SUPPRESS, formatter_class=as_written
+    )
     parser.add_argument("--out", type=Path, default=Path(default_out), help="checkpoint to write (default %(default)s)")
     parser.add_argument("--init", help="encoder checkpoint to start from; it sets the model's shape")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of --out")
@@ -146,13 +161,12 @@ def _parse_flags(description: str, kind: str, configs: list[type]) -> dict:
         group = parser.add_argument_group(config.__name__)
         for f in fields(config):
             if f.default is not MISSING and not (kind == "encoder" and f.metadata.get("decoder_only")):
-                name = {"n_decoder_layers": "decoder_layers", "n_encoder_layers": "encoder_layers"}.get(f.name, f.name)
                 text = f.metadata["help"].replace("%", "%%")
                 text += "" if f.metadata.get("from_preset") else f" (default {f.default})"
                 more: dict = {"type": type(f.default), "choices": f.metadata.get("choices")}
                 if type(f.default) is bool:
                     more = {"action": argparse.BooleanOptionalAction}
-                group.add_argument(f"--{name.replace('_', '-')}", dest=f.name, help=text, **more)
+                group.add_argument(flag_name(f.name), dest=f.name, help=text, **more)
     return vars(parser.parse_args())
 
 
@@ -191,7 +205,7 @@ def start(description: str, kind: str, objective: type) -> Run:
         if kind == "encoder":
             settings["n_decoder_layers"] = 0
         settings["max_len"] = settings["max_len"] or settings["seq_len"]
-        settings["lr"] = settings["lr"] or 0.016 / math.sqrt(settings["d_model"])
+        settings["lr"] = settings["lr"] or default_lr(settings["d_model"])
         settings["embed_lr"] = settings["embed_lr"] or 3 * settings["lr"]
     train = build(TrainConfig, settings)
     data = open_data(Path(settings["data"]), settings["seq_len"], settings["seed"], settings["alpha"])
@@ -226,7 +240,7 @@ def _resumed(stored: dict, flags: dict, newest: Path) -> dict:
         if name not in FREE_ON_RESUME and stored.get(name) != value:
             started = f"{newest} was started with {stored.get(name)}"
             remedy = "leave the flag out, or start anew under another --out"
-            raise InputError(f"--{name.replace('_', '-')} {value}: {started}; {remedy}")
+            raise InputError(f"{flag_name(name)} {value}: {started}; {remedy}")
     return stored | {name: value for name, value in flags.items() if name in FREE_ON_RESUME}
 
 
@@ -237,7 +251,8 @@ def _shape(preset: dict, init: dict | None, flags: dict) -> dict:
     shape = {name: value for name, value in init["config"].items() if name not in ("n_decoder_layers", "fusion")}
     for name, value in (preset | flags).items():
         if name != "dropout" and shape.get(name, value) != value:
-            raise InputError(f"{flags['init']}: its {name} is {shape[name]}, the flags ask for {value}; change one")
+            asked = f"{flag_name(name)} {value}"
+            raise InputError(f"{flags['init']}: its {name} is {shape[name]}, the flags ask for {asked}; change one")
     return {"n_decoder_layers": shape["n_encoder_layers"]} | preset | shape | {"seq_len": shape["max_len"]}
 
 
@@ -391,8 +406,9 @@ def held_out_loss(
     sums = []
     for language in languages:
         examples = valid_examples(data, language, objective, at_most)
-        mine, loss = examples[rank() :: _world()], 0.0
-        for at in range(0, -(-len(examples) // _world()), 32):
+        world = dist.get_world_size() if dist.is_initialized() else 1  # eval.py is one process even under torchrun
+        mine, loss = examples[rank() :: world], 0.0
+        for at in range(0, -(-len(examples) // world), 32):
             # Under FSDP all processes must take part in every pass: one that has no more rows repeats one, unheard.
             batch = collate(mine[at : at + 32] or examples[:1], data.ids.pad)
             with _autocast(dtype):
@@ -414,8 +430,8 @@ def train_flops(cfg: ModelConfig, rows: int, source: int, target: int, n_targets
     """Matrix-product FLOPs of one update, forward and backward, on `rows` rows of `source` and `target` tokens.
 
     A backward pass costs twice its forward: one product for the inputs' gradient, one for the weights'. A frozen
-    encoder has no backward; neither have the decoder's gradient for its output nor that for the frozen embedding.
-    Attention fusion, less than a thousandth of an encoder's products, is left out.
+    encoder has no backward pass; the gradients for its output (but for a fusion of it) and for the frozen embedding
+    are not computed either. Attention fusion itself, less than a thousandth of an encoder's products, is left out.
     (Soltan et al. 2023 compare compute by counting a stack's forward as 1 and its backward as 2.)
     """
     d, layer = cfg.d_model, 2 * (4 * cfg.d_model**2 + 2 * cfg.d_model * cfg.d_ff)  # a block's products, per token
@@ -427,7 +443,9 @@ def train_flops(cfg: ModelConfig, rows: int, source: int, target: int, n_targets
     cross_kv = rows * cfg.n_decoder_layers * source * 4 * d**2
     cross = rows * cfg.n_decoder_layers * (target * 4 * d**2 + 4 * target * source * d)
     decoder = rows * cfg.n_decoder_layers * (target * layer + 4 * target**2 * d) + cross
-    return 3 * decoder + (encoder + 2 * (cross_kv + projection) if frozen else 3 * (encoder + cross_kv + projection))
+    if not frozen:
+        return 3 * (decoder + encoder + cross_kv + projection)
+    return 3 * decoder + encoder + (3 if cfg.fusion else 2) * cross_kv + 2 * projection
 
 
 def batch_flops(cfg: ModelConfig, batch: dict[str, Tensor], frozen: bool = False) -> float:
@@ -481,7 +499,7 @@ def freeze_encoder(model: nn.Module, frozen: bool) -> None:
 def fit(run: Run, model: nn.Module, objective: Objective, frozen: Callable[[int], bool] = lambda step: False) -> None:
     """Trains the model by the run's settings and writes its checkpoint; `frozen(step)` freezes the encoder.
 
-    SIGTERM and SIGUSR1 end it after the update under way, with a checkpoint to resume from. Raises InputError when
+    SIGTERM and SIGUSR1 end it after the next whole update, with a checkpoint to resume from. Raises InputError when
     the run cannot go on: another one writes there, the loss is no longer a number, another process is gone.
     """
     if run.train.batch_size % _world():

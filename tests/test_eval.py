@@ -7,6 +7,8 @@ import torch
 from conftest import ROWS, SMALL
 
 import eval as evaluation
+import extract
+import train_encoder
 import train_seq2seq
 import trainer
 from checkpoint import load_checkpoint, load_model
@@ -70,6 +72,28 @@ def test_losses_compare_whatever_a_model_was_trained_with(command, checkpoints, 
         command(evaluation, path, "--task", "loss", "--langs", "en", "--out", f"{name}.jsonl")
     one, other = (json.loads(line)["loss"] for line in (checkpoints / f"{name}.jsonl").read_text().splitlines())
     assert one == other
+
+
+def test_losses_are_of_rows_as_long_as_those_trained_on(command, data_dir, tmp_path):
+    """Positions beyond --seq-len have learned nothing. The second time as one of two processes that torchrun starts."""
+    command(train_encoder, "--data", data_dir, *SMALL, *ROWS, "--max-len", 64, "--steps", 2)
+    data = TokenData(data_dir, 32)
+    objective = train_encoder.encoder_objective(data.ids, train_encoder.MLMConfig())
+    expected = trainer.held_out_loss(load_model(tmp_path / "enc.pt")[0], data, data.languages, objective, "fp32")
+    for world in ("1", "2"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("WORLD_SIZE", world)
+            command(evaluation, "enc.pt", "--task", "loss", "--out", f"{world}.jsonl")
+        for result in map(json.loads, (tmp_path / f"{world}.jsonl").read_text().splitlines()):
+            assert result["loss"] == pytest.approx(expected[result["language"]], rel=1e-5)
+
+
+def test_an_extracted_encoder_keeps_its_settings(command, data_dir, tmp_path):
+    flags = [*SMALL, "--batch-size", 4, "--seq-len", 32, "--max-len", 64, "--steps", 1, "--dtype", "bf16"]
+    command(train_seq2seq, "--data", data_dir, *flags, "--decoder-layers", 1)
+    command(extract, "seq2seq.pt")
+    settings = evaluation.settings_of(load_checkpoint(tmp_path / "enc-extracted.pt"))
+    assert (settings["dtype"], settings["seq_len"], settings["data"]) == ("bf16", 32, str(data_dir))
 
 
 def test_fill_gives_the_likeliest_pieces(command, checkpoints, tokenizer, ids, capsys):

@@ -265,6 +265,7 @@ def test_a_full_disk_leaves_no_folder(checkpoints, script):
 def test_arguments_that_make_no_sense(command, checkpoints):
     refused(command, "name a checkpoint, or a folder with --from-hf; not both")
     refused(command, "name a checkpoint, or a folder with --from-hf; not both", "enc.pt", "--from-hf", "hf")
+    refused(command, "--from-hf and --to-hf: one at a time", "--from-hf", "hf", "--to-hf", "HF", "--out", "enc.pt")
     refused(command, "of kind 'encoder', not seq2seq", "enc.pt")
     refused(command, "seq2seq.pt: exists", "seq2seq.pt", "--out", "seq2seq.pt")
     refused(command, "no such file", "nowhere.pt", "--to-hf", "hf")
