@@ -7,7 +7,7 @@ line with its text under "text", as mC4 is released), each also .gz or .xz. DATA
 <lang>.<split>.<number>.bin and, last of all, meta.json: a folder without it is not finished. With --part i/n each of
 n machines encodes its share of the files; their shards and metas, in one folder, are the same data.
 
-The stream: languages are sampled in proportion to tokens ** alpha (Soltan et al. 2023: 0.5), rows are packed full and
+The stream: languages are sampled in proportion to tokens ** alpha (Soltan et al. 2022: 0.5), rows are packed full and
 documents closed by </s>. Sample i is a pure function of (seed, i).
 """
 
@@ -493,7 +493,7 @@ def read_meta(folder: Path) -> dict:
 
 
 def shares(tokens: dict[str, int], alpha: float) -> dict[str, float]:
-    """Sampling probability of each language: proportional to tokens ** alpha (Soltan et al. 2023, "Data")."""
+    """Sampling probability of each language: proportional to tokens ** alpha (Soltan et al. 2022)."""
     weights = {language: n**alpha for language, n in tokens.items()}
     total = sum(weights.values()) or 1  # a part may hold no text
     return {language: weight / total for language, weight in weights.items()}
@@ -549,7 +549,7 @@ class _Tokens:
         return int(self.ends[-1])
 
     def read(self, start: int, length: int) -> np.ndarray:  # [length]
-        """Tokens from `start` on. Raises InputError for one that the vocabulary does not have."""
+        """Tokens from `start` on. Raises OneProcessError for one that the vocabulary does not have."""
         parts = []
         while length:
             shard = int(np.searchsorted(self.ends, start, "right")) - 1
@@ -567,8 +567,9 @@ class _Tokens:
 class TokenData:
     """Rows of seq_len tokens from a data folder: `row(i)` to train on, `valid_row(language, j)` held out.
 
-    Over any number of samples each language gets its share to within one row; within a language every row comes once
-    before any comes twice, in an order that is new each time round. Finding a row takes constant time and memory.
+    Over any number of whole blocks of samples each language gets its share to within one row; within a language every
+    row comes once before any comes twice, in an order that is new each time round. Finding a row takes constant time
+    and memory.
     Raises InputError for a folder that is unfinished, damaged, or too small for a single row.
     """
 
@@ -625,7 +626,7 @@ class TokenData:
         return language, permuted(rank % n_rows, n_rows, key)
 
     def row(self, i: int) -> np.ndarray:  # [L]
-        """The tokens of sample i."""
+        """The tokens of sample i. Raises OneProcessError for a damaged shard."""
         language, row = self.locate(i)
         return self.train[language].read(row * self.seq_len, self.seq_len)
 
@@ -646,7 +647,7 @@ class TokenData:
         return len(tokens) // self.seq_len
 
     def valid_row(self, language: str, j: int) -> np.ndarray:  # [L]
-        """The tokens of held-out row j of a language."""
+        """The tokens of held-out row j of a language. Raises OneProcessError for a damaged shard."""
         return self.valid[language].read(j * self.seq_len, self.seq_len)
 
 

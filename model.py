@@ -2,8 +2,8 @@
 
 `MaskedLM` is an encoder with a masked-language-modelling head; `Seq2Seq` is the same encoder with a decoder.
 Both hold `embed` and `encoder` under the same names, so that moving an encoder between them is copying tensors.
-Source of the architecture: Soltan et al. 2023, section "Models", and the model code of AlexaTM 20B (Soltan et al.
-2022); Vaswani et al. 2017 for the Transformer; Xiong et al. 2020 for Pre-LN.
+Source of the architecture: the model code of AlexaTM 20B (Soltan et al. 2022), by the team of the paper; Vaswani et
+al. 2017 for the Transformer; Xiong et al. 2020 for Pre-LN.
 
 Shapes at line ends: B rows, S source, T target, D model, H heads, K head dim, F ffn, V vocabulary, N any positions.
 Boolean masks are True where a token is real, the sense of `scaled_dot_product_attention`.
@@ -57,7 +57,7 @@ class ModelConfig:
             raise ValueError(f"dropout is {self.dropout}: it must be in [0, 1)")
 
 
-# paper: 12 layers, width 1024, 16 heads, FFN 4096, dropout 0.1; the smaller sizes are this project's.
+# paper: 12 layers; width 1024, 16 heads, FFN 4096, dropout 0.1 as AlexaTM 20B's code has them. The others are ours.
 # tiny has no dropout: it is meant for runs of a few million tokens, which never see a row often enough to overfit.
 PRESETS: dict[str, dict] = {
     "tiny": dict(d_model=256, n_heads=4, d_ff=1024, n_encoder_layers=4, n_decoder_layers=4, dropout=0.0),
@@ -310,7 +310,7 @@ class ProjectionLoss(torch.autograd.Function):
 def _init_weights(module: nn.Module) -> None:
     """Normal(0, 0.02) for matrices and embeddings, 0 for biases; LayerNorm keeps torch's ones and zeros.
 
-    paper: 0.02 everywhere. Here what an attention layer hands on (keys, values, output) starts at 2 / sqrt(D), for
+    AlexaTM 20B: 0.02 everywhere. Here what an attention layer hands on (keys, values, output) has 2 / sqrt(D), for
     attention begins as an average over the row, which shrinks what it carries by the square root of the row's length:
     at 0.02 a small model takes hundreds of updates to notice its context at all.
     """
@@ -465,7 +465,7 @@ def _beam_search(next_logits, tokens, cache, k, eos, pad, max_new, length_penalt
         rows = (beam.gather(1, keep) + k * torch.arange(n, device=at.device)[:, None]).flatten()  # [B * k]
         for layer in cache or ():
             layer["self"] = tuple(x.index_select(0, rows) for x in layer["self"])
-        done |= score[:, 0] / length**length_penalty <= best_score[:, -1]  # the best left cannot beat the worst found
+        done |= score[:, 0] / length**length_penalty <= best_score[:, -1]  # the best left does not beat the worst found
         if done.all():
             break
     unfinished = torch.where(done[:, None], -torch.inf, score / max_new**length_penalty)

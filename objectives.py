@@ -3,8 +3,8 @@
 The same tokens and the same generator state give the same example on any machine. `sample_rng` makes that state a
 function of (seed, stream, sample index), so that nothing has to be stored to resume and no rank or worker matters.
 Only the generator's raw doubles are drawn, since NumPy keeps that stream fixed between versions.
-Source: Soltan et al. 2023, sections on pre-training; Devlin et al. 2019 (MLM), Lewis et al. 2020 (de-noising, BART),
-Soltan et al. 2022 (AlexaTM 20B: spans dropped without a trace), Raffel et al. 2020 (sentinels, T5).
+Source: Devlin et al. 2019 (MLM), Lewis et al. 2020 (de-noising, BART), Soltan et al. 2022 (AlexaTM 20B, by the team of
+the paper: spans dropped without a trace), Raffel et al. 2020 (sentinels, T5).
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class InputError(ValueError):
 
 
 class OneProcessError(InputError):
-    """A fault that only one of several processes may see."""
+    """A fault that only one of several processes may see: that of a row, say, which one of them alone reads."""
 
 
 IGNORE = -100  # label of a position that carries no loss, as in model.py
@@ -65,6 +65,7 @@ def mask_tokens(
 
     With mask id 4 and ordinary ids from 106, [106 107 108 109 110 2] at 40 % may give
     inputs [106 4 108 109 110 2] and labels [-100 107 -100 -100 110 -100]: 107 was masked, 110 was chosen and stays.
+    Raises InputError for a share outside [0, 1).
     """
     if not 0 <= mask_prob < 1:
         raise InputError(f"mask_prob is {mask_prob}: it must be in [0, 1)")
@@ -142,10 +143,10 @@ def sentinel_spans(
 
     The target is each sentinel followed by its span, and one sentinel more at the end. With <extra_id_0> at 6, spans at
     [1 5] of lengths [2 1] turn [106 107 108 109 110 111] into [106 6 109 110 7] and [6 107 108 7 111 8].
-    Raises InputError when there are more spans than sentinels allow.
+    Raises OneProcessError when there are more spans than sentinels allow.
     """
     if len(starts) >= ids.n_sentinels:
-        raise InputError(
+        raise OneProcessError(
             f"{len(starts)} spans in a row of {len(tokens)} tokens need {len(starts) + 1} sentinels, "
             f"there are {ids.n_sentinels}: use shorter rows, a lower density or longer spans"
         )
@@ -167,12 +168,13 @@ def noise_row(
     """De-noising example of a row [L]: (source, target). The target is the whole clean row, or the spans (sentinel).
 
     Exactly round(L * density) tokens are noise. Special tokens are never among them: spans are sampled over the
-    ordinary tokens, and one that would run across a document's end is split there.
+    ordinary tokens, and one that would run across a document's end is split there. Raises InputError for another
+    noise, OneProcessError for a row that has too few ordinary tokens or, with sentinels, too many spans.
     """
     ordinary = np.flatnonzero(tokens >= ids.ordinary)
     budget = round(len(tokens) * density)
     if budget >= len(ordinary):
-        raise InputError(
+        raise OneProcessError(
             f"{budget} of {len(tokens)} tokens were to be noise, the row has {len(ordinary)} ordinary ones: "
             "lower the density"
         )
@@ -196,10 +198,10 @@ def clm_row(tokens: np.ndarray, rng: np.random.Generator, ids: SpecialIds) -> tu
 
     The source is [CLM] and the first 20 to 80 % of the row, each length equally likely; the target is the rest.
     With [CLM] at 5, [106 107 108 109 110 111] cut at 2 gives [5 106 107] and [108 109 110 111].
-    Raises InputError for a row of one token.
+    Raises OneProcessError for a row of one token.
     """
     if len(tokens) < 2:
-        raise InputError(f"a row of {len(tokens)} tokens cannot be cut in two: use longer rows")
+        raise OneProcessError(f"a row of {len(tokens)} tokens cannot be cut in two: use longer rows")
     least = max(1, -(-len(tokens) // 5))
     most = max(least, len(tokens) * 4 // 5)
     cut = least + int(rng.random() * (most - least + 1))

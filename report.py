@@ -1,6 +1,8 @@
 """From the results that eval.py collects to the paper's two tables, the curve of --unfreeze-at, and figures.
 
 python eval.py runs/mini/results.jsonl --report OUT              # of one or more files
+
+A model is known by its checkpoint's file name: results of two files of one name are two runs of one model.
 """
 
 import json

@@ -2,7 +2,7 @@
 
 Encoder tasks (nli, pos, ner, slots) put linear heads on the encoder of any checkpoint; generation tasks (parse, summ)
 train the whole seq2seq model. The best epoch is chosen on the training language's own dev set: no other language is
-looked at before it is scored (zero-shot, Soltan et al. 2023). Data: DIR/<lang>/{train,dev,test}*, see `readers` below.
+looked at before it is scored (zero-shot, Soltan et al. 2023). Data: DIR/<lang>/{train,dev,test}.*, see `READERS` below.
 """
 
 import gzip
@@ -139,7 +139,7 @@ READERS: dict[str, Callable[[Path], Iterator[Item]]] = {
 
 
 def read_split(task: str, folder: Path, language: str, split: str) -> list[Item]:
-    """All items of DIR/<language>/<split>*. Raises InputError where there is no such file, or nothing in it."""
+    """All items of DIR/<language>/<split>.*. Raises InputError where there is no such file, or nothing in it."""
     files = sorted((folder / language).glob(f"{split}.*"))
     if not files:
         raise InputError(f"{folder / language}: no {split} file in it; add one or leave the language out")

@@ -1,4 +1,4 @@
-"""Stage 1: an encoder by masked language modelling (Soltan et al. 2023, "Models"; the encoder that is to beat).
+"""Stage 1: an encoder by masked language modelling (Devlin et al. 2019; the encoder that is to beat).
 
 torchrun train_encoder.py                                        # on the embedded corpus -> enc.pt
 torchrun train_encoder.py --data DATA --preset base --steps 100000 --batch-size 512 --seq-len 512
@@ -40,13 +40,13 @@ def encoder_objective(ids: SpecialIds, cfg: MLMConfig) -> trainer.Objective:
 
 def main() -> None:
     run = trainer.start(__doc__, "encoder", MLMConfig)
-    if round(run.train.seq_len * run.objective.mask_prob) < 1:
-        raise InputError(f"--mask-prob {run.objective.mask_prob} of --seq-len {run.train.seq_len} masks nothing")
+    if round(run.train.seq_len * run.own.mask_prob) < 1:
+        raise InputError(f"--mask-prob {run.own.mask_prob} of --seq-len {run.train.seq_len} masks nothing")
     torch.manual_seed(run.train.seed)
     model = MaskedLM(run.model)
     if run.init:
         warm_start(model, run.settings["init"], run.init["weights"])
-    trainer.fit(run, model, encoder_objective(run.data.ids, run.objective))
+    trainer.fit(run, model, encoder_objective(run.data.ids, run.own))
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def decoder_from_encoder(weights: dict[str, Tensor], cfg: ModelConfig) -> dict[s
 
 def main() -> None:
     run = trainer.start(__doc__, "seq2seq", DenoiseConfig)
-    own, steps = run.objective, run.train.steps
+    own, steps = run.own, run.train.steps
     needs_encoder = {"--unfreeze-at": own.unfreeze_at, "--init-decoder": own.init_decoder, "--fusion": run.model.fusion}
     for name, given in needs_encoder.items():
         if given and not run.settings["init"]:

@@ -47,7 +47,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. Defaults suit the embedded corpus; paper: 1M tokens a batch, 500k updates, Adam, bf16."""
+    """How to train. Defaults suit the embedded corpus; paper, recalled: 1M tokens a batch, 500k updates, Adam, bf16."""
 
     data: str = flag(str(SAMPLE_DATA), "data folder written by data.py")
     steps: int = flag(150, "updates; 0 writes an initialised checkpoint")
@@ -107,7 +107,7 @@ class Run:
     settings: dict  # every flag, resolved
     train: TrainConfig
     model: ModelConfig
-    objective: object  # the script's own dataclass of flags
+    own: object  # the script's own dataclass of flags
     data: TokenData
     init: dict | None  # the checkpoint of --init
     state: dict | None  # the checkpoint of --resume
@@ -170,12 +170,12 @@ def _parse_flags(description: str, kind: str, configs: list[type]) -> dict:
     return vars(parser.parse_args())
 
 
-def start(description: str, kind: str, objective: type) -> Run:
+def start(description: str, kind: str, own: type) -> Run:
     """Reads the command line of a training script and reconciles it with the checkpoint of --init or --resume.
 
     Raises InputError where two of them contradict each other, naming the first field.
     """
-    configs = [TrainConfig, ModelConfig, objective]
+    configs = [TrainConfig, ModelConfig, own]
     flags = _parse_flags(description, kind, configs)
     out, resume = flags.pop("out"), flags.pop("resume", False)
     preset = PRESETS.get(flags.pop("preset", None), {})
@@ -214,12 +214,12 @@ def start(description: str, kind: str, objective: type) -> Run:
     if init and init["tokenizer"] != data.tokenizer_model:
         raise InputError(f"{settings['data']}: its tokenizer is not that of {settings['init']}; use --tokenizer there")
     settings["vocab_size"] = data.ids.vocab_size
-    model, own = build(ModelConfig, settings), build(objective, settings)
+    model = build(ModelConfig, settings)
     if train.seq_len > model.max_len:
         raise InputError(f"--seq-len {train.seq_len}: the model has {model.max_len} positions; lower it")
     if state and state["config"] != asdict(model):
         raise InputError(f"{newest}: its model is not what its settings say; remove it, an older one may be beside it")
-    return Run(kind, out, settings, train, model, own, data, init, state)
+    return Run(kind, out, settings, train, model, build(own, settings), data, init, state)
 
 
 def _check_state(path: Path, state: dict) -> None:
@@ -463,7 +463,7 @@ def _optimizers(model: nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimize
 
     All parameters are there from step 0: one that is frozen has no gradient and is passed over. Weight decay is for
     matrices only. The embedding has a rate of its own, for most of its rows hear from few tokens of a batch.
-    paper: Adam, weight decay 0.1; betas, eps, clipping and the rates are ours.
+    AlexaTM 20B: Adam, weight decay 0.1; betas, eps, clipping and the rates are ours.
     """
     muon = {n: p for n, p in model.named_parameters() if cfg.optimizer == "muon" and ".blocks." in n and p.ndim == 2}
     rest = {n: p for n, p in model.named_parameters() if n not in muon and n != "embed.weight"}

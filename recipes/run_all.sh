@@ -6,6 +6,8 @@
 #   SCALE=mini DATA=DATA TASKS=TASKS recipes/run_all.sh    # TASKS holds udpos ner slots nli parse summ, or some of them
 #   python eval.py runs/mini*/results.jsonl --report OUT   # tables and figures, of what is there
 #
+# Tasks are fine-tuned on TRAIN_LANG (en) and scored in the languages of the data folder that have a test set.
+#
 # The rows that carry the claim and their scores come first, then those again from other seeds, the sweep, the rest.
 # A job that is done has a file in runs/$SCALE/done, which holds its cost and its seconds.
 TASKS=${TASKS:-$(dirname "$0")/../sample}
@@ -15,6 +17,7 @@ TASKS=$(cd "$TASKS" && pwd)
 case ${1:-} in '' | --plan) mode=${1:-} ;; *) echo "$1: the only flag is --plan" >&2 && exit 2 ;; esac
 [ "$SEED" = 0 ] || { echo "SEED=$SEED: leave it out; other seeds are among the jobs" >&2 && exit 2; }
 export SCALE TORCHRUN DATA=${DATA:-}
+TRAIN_LANG=${TRAIN_LANG:-en}
 mkdir -p done
 
 case $SCALE in # how tasks are fine-tuned
@@ -51,7 +54,6 @@ resume() { # the flag, if a run of this name was stopped
 row() { # ROW [SEED]: its recipe
   local seed=${2:-0}
   [ "$seed" = 0 ] && runs=. || runs=../$SCALE-seed$seed
-  rm -f "$runs/${1%+mlm}+enc.pt" # what a recipe that was stopped took out
   SEED=$seed "$CODE/recipes/$1.sh" $(resume "$runs/$1")
 }
 
@@ -63,14 +65,12 @@ second() { # NAME FLAGS...: a second stage that is no row of the paper
 }
 
 score() { # TASK CHECKPOINT: the scores go to results.jsonl when all are there
-  local folder=$TASKS/$1 trained=en of=$LANGS langs=""
+  local folder=$TASKS/$1 langs=""
   [ $1 != pos ] || folder=$TASKS/udpos
-  if [ -d "$folder/en-digitalgov" ]; then # headlines: more of them than XSum has here
-    trained=en-digitalgov of=en-digitalgov
-  fi
-  for lang in $of; do ls "$folder/$lang/"test.* > /dev/null 2>&1 && langs="$langs $lang"; done
+  for lang in $LANGS; do ls "$folder/$lang/"test.* > /dev/null 2>&1 && langs="$langs $lang"; done
+  [ -n "$langs" ] || { echo "$folder: no test set in a language of $DATA; passed over" && return; }
   rm -f part.jsonl
-  python "$CODE/eval.py" "$2" --task $1 --data "$folder" --train-lang $trained --langs $langs $HOW --out part.jsonl
+  python "$CODE/eval.py" "$2" --task $1 --data "$folder" --train-lang $TRAIN_LANG --langs $langs $HOW --out part.jsonl
   cat part.jsonl >> results.jsonl
 }
 

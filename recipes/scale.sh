@@ -9,16 +9,16 @@
 # training command, after its own: --steps 0 writes the initialised model, --resume goes on.
 set -eu
 
-# From scratch; the second stage, 0.7 of it; the MLM continuation, 1/5 of it. Decoders of 1/6 and 1/12, at least a layer.
+# From scratch; the second stage, 0.7 of it; the MLM continuation, 1/5 of it.
 MLM=""
 case ${SCALE:=demo} in
-demo) SHAPE="--preset tiny --batch-size 32 --seq-len 128" STEPS=150 SECOND=105 MORE=30 SIXTH=1 TWELFTH=1 ;;
+demo) SHAPE="--preset tiny --batch-size 32 --seq-len 128" STEPS=150 SECOND=105 MORE=30 ;;
 mini) # 8M tokens a model from scratch: Muon, more masks and no dropout to learn enough from so few
   SHAPE="--preset tiny --batch-size 32 --seq-len 128 --optimizer muon --dropout 0" STEPS=2000 SECOND=1400 MORE=400
-  MLM="--mask-prob 0.4" SIXTH=1 TWELFTH=1 ;;
+  MLM="--mask-prob 0.4" ;;
 paper) # 1M tokens a batch
   SHAPE="--preset paper --batch-size 2048 --micro-batch-size 32 --seq-len 512 --save-every 2000 --eval-every 10000"
-  STEPS=500000 SECOND=350000 MORE=100000 SIXTH=2 TWELFTH=1 ;;
+  STEPS=500000 SECOND=350000 MORE=100000 ;;
 *) echo "SCALE=$SCALE: it must be demo, mini or paper" >&2 && exit 2 ;;
 esac
 if [ "$SCALE" != demo ] && [ -z "${DATA:-}" ]; then

@@ -108,8 +108,7 @@ def test_only_scale_sh_knows_the_scale():
             "$STEPS",
             "$SECOND",
             "$MORE",
-            "$SIXTH",
-            "$TWELFTH",
+            *"12",
         }
         assert "$SHAPE" in text
 
@@ -147,7 +146,7 @@ echo "$PWD $@" >> {log}
 while [ $# -gt 0 ]; do [ "$1" != --out ] || echo made >> "$2"; shift; done
 """)
         (starters / name).chmod(0o755)
-    for task, languages in (("udpos", "en de ja"), ("slots", "en"), ("parse", "en de"), ("summ", "en en-digitalgov")):
+    for task, languages in (("udpos", "en de ja"), ("slots", "en"), ("parse", "en de"), ("summ", "en"), ("ner", "sw")):
         for language in languages.split():
             (tmp_path / "tasks" / task / language).mkdir(parents=True)
             (tmp_path / "tasks" / task / language / "test.x").touch()
@@ -172,25 +171,26 @@ def test_run_all_goes_on_where_it_was_stopped(run_all, tmp_path):
     assert not commands and last == f"{len(names)} jobs left, none timed yet" and len(set(names)) == len(names)
     assert set(FROM_SCRATCH + MLM + TWO_STAGE) <= set(names)
     claim = ["roberta-12e", "bart-12e12d", "bart-12e12d+mlm", "2stage-bart-12e12d-unfrz", "2stage-bart-12e12d"]
-    assert names[:5] == claim and names[5:8] == ["random", "pos.random", "slots.random"]
+    assert names[:5] == claim and names[5:9] == ["random", "pos.random", "ner.random", "slots.random"]
     assert "parse.mini-seed1.bart-12e12d" in names and "roberta-12e.seed2" in names
-    whole, interrupted = [], 0
+    whole, interrupted, said = [], 0, ""
     for fail_at in ("5", "40", ""):  # commands into each start; a failed one stands for a kill
         done, commands = run_all(FAIL_AT=fail_at)
         assert (done.returncode == 0) == (not fail_at), done.stderr
-        whole += commands
+        whole, said = whole + commands, said + done.stdout
         interrupted += bool(fail_at)
         left = run_all("--plan")[0].stdout.splitlines()[-1]
         assert re.match(r"\d+ jobs left, about \d+\.\d hours", left), left
     assert done.stdout.splitlines()[-1].startswith("all done") and left.startswith("0 jobs left")
     assert not run_all()[1]
     scored = [line for line in whole if re.search("--task (pos|slots|parse|summ)", line)]
-    of_tasks = [name.split(".")[0] in ("pos", "slots", "parse", "summ") for name in names]
-    assert len(set(scored)) == sum(of_tasks)
+    of_tasks = [name.split(".")[0] in ("pos", "slots", "parse", "summ", "ner") for name in names]
+    assert len(set(scored)) == sum(of_tasks) - sum(name.startswith("ner.") for name in names)
     (pos,) = {line.split("--langs ")[1] for line in scored if "--task pos" in line}
     assert pos.startswith("de en --seeds 3")  # what was both pre-trained and has a test set
     (summ,) = {line.split("--train-lang ")[1] for line in scored if "--task summ" in line}
-    assert summ.startswith("en-digitalgov --langs en-digitalgov --seeds 3")
+    assert summ.startswith("en --langs en --seeds 3")
+    assert "/tasks/ner: no test set in a language of " in said
     trained = [line for line in whole if "train_" in line.split()[1]]
     made = {(line.split()[0], line.split("--out ")[1]) for line in trained}
     assert len(made) == len(names) - sum(of_tasks)
