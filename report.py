@@ -186,7 +186,7 @@ def plot_sweep(results: list[dict], points: dict[float, list[dict]], out: Path) 
     if scratch := [r for r in results if r["task"] == "loss" and r["row"] == "bart-12e12d"]:
         axes.axhline(mean(scratch), linestyle="--", label="from scratch")
     axes.set(xlabel="--unfreeze-at", ylabel="held-out loss, nats")
-    axes.legend(loc="upper left")
+    axes.legend(loc="upper center")
     right = axes.twinx()
     right.plot(list(points), [of[0]["flops"] for of in points.values()], "s:", color="gray")
     right.set_ylabel("FLOPs of both stages (dotted)")
