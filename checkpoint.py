@@ -134,8 +134,9 @@ def _check_content(path: Path, checkpoint: dict) -> None:
         for stage in checkpoint["history"]:
             numbers = [stage[key] + 0 for key in ("steps", "tokens", "flops", "seconds")]
             sound = isinstance(stage["stage"], str) and isinstance(stage["settings"], dict)
+            seq_len = stage["settings"].get("seq_len", 1)
+            sound &= type(seq_len) is int and 1 <= seq_len <= cfg.max_len
             sound &= isinstance(stage["settings"].get("data", ""), str)
-            sound &= stage["settings"].get("seq_len", 1) in range(1, cfg.max_len + 1)
             if not sound or not all(0 <= number < 1e30 for number in numbers):
                 raise ValueError("its history is not one")
         n_pieces = load_tokenizer(checkpoint["tokenizer"], path).vocab_size()

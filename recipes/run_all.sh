@@ -64,13 +64,16 @@ second() { # NAME FLAGS...: a second stage that is no row of the paper
   python "$CODE/eval.py" "$name.pt" --task loss --out results.jsonl
 }
 
+tested() { # TASK: the languages of the data folder that have a test set of it
+  local lang
+  for lang in $LANGS; do ! ls "$TASKS/${1/pos/udpos}/$lang/"test.* > /dev/null 2>&1 || echo $lang; done
+}
+
 score() { # TASK CHECKPOINT: the scores go to results.jsonl when all are there
-  local folder=$TASKS/$1 langs=""
-  [ $1 != pos ] || folder=$TASKS/udpos
-  for lang in $LANGS; do ls "$folder/$lang/"test.* > /dev/null 2>&1 && langs="$langs $lang"; done
-  [ -n "$langs" ] || { echo "$folder: no test set in a language of $DATA; passed over" && return; }
+  local langs=$(tested $1)
   rm -f part.jsonl
-  python "$CODE/eval.py" "$2" --task $1 --data "$folder" --train-lang $TRAIN_LANG --langs $langs $HOW --out part.jsonl
+  python "$CODE/eval.py" "$2" --task $1 --data "$TASKS/${1/pos/udpos}" --train-lang $TRAIN_LANG --langs $langs $HOW \
+    --out part.jsonl
   cat part.jsonl >> results.jsonl
 }
 
@@ -81,7 +84,7 @@ scores() { # encoder|seq2seq CHECKPOINT...: the tasks of this kind that there is
   for checkpoint in "$@"; do
     for task in $tasks; do
       name=${checkpoint#../}
-      [ ! -d "$TASKS/${task/pos/udpos}" ] || job $task.${name/\//.} 5 score $task $checkpoint.pt
+      [ -z "$(tested $task)" ] || job $task.${name/\//.} 5 score $task $checkpoint.pt
     done
   done
 }

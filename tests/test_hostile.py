@@ -195,6 +195,7 @@ CHECKPOINTS = {
     "a history of numbers": (changed(lambda c: c.update(history=[1, 2])), "do not fit"),
     "data that is a number": (changed(lambda c: c["history"][0]["settings"].update(data=1)), "not one"),
     "rows of a word": (changed(lambda c: c["history"][0]["settings"].update(seq_len="long")), "not one"),
+    "rows of 32.0 tokens": (changed(lambda c: c["history"][0]["settings"].update(seq_len=32.0)), "not one"),
     "rows over the positions": (changed(lambda c: c["history"][0]["settings"].update(seq_len=1 << 40)), "not one"),
     "a history that holds itself": (changed(cycle), "do not fit|refused"),
     "a history of 300 lists in each other": (changed(deep), "do not fit|refused"),

@@ -358,6 +358,7 @@ def test_bad_flags_get_one_line(command, data_dir, encoder, tmp_path, module, fl
     "flags, complaint",
     [
         (["--noise-density", 0.99], "lower the density"),
+        (["--noise-density", 0.99, "--workers", 1], r"^\d+ of \d+ tokens"),  # not behind a worker's traceback
         (
             ["--noise", "sentinel", "--noise-density", 0.5, "--mean-span", 0.1, "--seq-len", 300],
             "there are 100: use shorter",
