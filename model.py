@@ -269,7 +269,9 @@ class ProjectionLoss(torch.autograd.Function):
     CACHED_LOGITS = 2**20  # of them as many as a CPU's cache holds in fp32: 4 MB
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+    ) -> Tensor:  # [N, D], [V, D], [V], [N] -> []
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         h_all, w, need = hidden.to(dtype), weight.to(dtype), ctx.needs_input_grad

@@ -552,6 +552,7 @@ def _set_up(model: nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
 def _fit(
     run: Run, model: nn.Module, objective: Objective, frozen: Callable[[int], bool], log: "_Log", told_to_stop: list
 ) -> None:
+    """The loop: from where the run stands to its last step, or until `told_to_stop` holds something."""
     cfg, data = run.train, run.data
     optimizers = _set_up(model, cfg)
     spent = {"steps": 0, "tokens": 0, "flops": 0.0, "seconds": 0.0, "skipped": 0}
