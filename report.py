@@ -49,17 +49,27 @@ def in_order(names: set[str]) -> list[str]:
     return [name for name in ROWS if name in names] + sorted(names - set(ROWS))
 
 
+def saved(results: list[dict], of: dict) -> str:
+    """The share of FLOPs that both models in a result's history take less than each from scratch."""
+    scratch = {r["row"]: r["flops"] for r in results if r["row"] in ("roberta-12e", "bart-12e12d")}
+    pair = {"encoder", "seq2seq"} <= {stage.get("stage") for stage in of["history"]}
+    both = sum(scratch.values()) if len(scratch) == 2 else 0.0  # models before their first update cost nothing
+    return f"{1 - of['flops'] / both:.1%}" if pair and both else "-"
+
+
 def task_table(results: list[dict], kind: str, tasks: list[str]) -> str:
-    """Markdown: a line a model; its held-out loss; for each task the mean over the languages but the training one, and
-    that one's.
+    """Markdown: a line a model; its cost and held-out loss; for each task the mean over the languages but the training
+    one, and that one's.
     """
     mine = [r for r in results if r["task"] in tasks or (r["task"] == "loss" and r["kind"] == kind)]
     seen = [task for task in tasks if any(r["task"] == task for r in mine)]
     head = [f"{task}, {METRICS[task][0]}: others | {task}: trained" for task in seen]
-    out = [f"| {' | '.join(['model', 'FLOPs', 'held-out loss, nats', *head])} |", "|---" * (3 + 2 * len(seen)) + "|"]
+    head = ["model", "FLOPs", "pair saved", "held-out loss, nats", *head]
+    out = [f"| {' | '.join(head)} |", "|---" * (4 + 2 * len(seen)) + "|"]
     for name in in_order({r["row"] for r in mine}):
         of = [r for r in mine if r["row"] == name]
-        cells = [name, f"{of[0]['flops']:.2e}", over_runs([r for r in of if r["task"] == "loss"], 3)]
+        loss = over_runs([r for r in of if r["task"] == "loss"], 3)
+        cells = [name, f"{of[0]['flops']:.2e}", saved(results, of[0]), loss]
         for task in seen:
             for others in (True, False):
                 cells.append(
@@ -90,13 +100,37 @@ def loss_table(results: list[dict], kind: str) -> str:
 SWEEP = ("2stage-bart-12e12d", "2stage-bart-12e12d-unfrz", "unfreeze-at-")  # rows that differ in --unfreeze-at alone
 
 
-def sweep(results: list[dict]) -> dict[float, list[dict]]:
-    """Held-out losses of the second stages that differ in the point of unfreezing alone, by that point."""
-    points: dict[float, list[dict]] = {}
+def sweep(results: list[dict]) -> dict[float, dict[str, list[dict]]]:
+    """Losses and generation scores of the second stages that differ in the point of unfreezing alone: point -> task ->
+    results; of the seeds of pre-training that every point has.
+    """
+    rows, seeds = [], {}
     for r in results:
-        if r["task"] == "loss" and (r["row"] in SWEEP or r["row"].startswith(SWEEP[-1])):
-            points.setdefault(r["history"][-1]["settings"]["unfreeze_at"], []).append(r)
-    return dict(sorted(points.items()))
+        if r["task"] in ("loss", *GENERATION) and (r["row"] in SWEEP or r["row"].startswith(SWEEP[-1])):
+            settings = r["history"][-1]["settings"]
+            rows.append((settings["unfreeze_at"], settings["seed"], r))
+            if r["task"] == "loss":
+                seeds.setdefault(settings["unfreeze_at"], set()).add(settings["seed"])
+    shared = set.intersection(*seeds.values()) if seeds else set()
+    points: dict[float, dict[str, list[dict]]] = {at: {} for at in sorted(seeds) if shared}
+    for at, seed, r in rows:
+        if at in points and seed in shared:
+            points[at].setdefault(r["task"], []).append(r)
+    return points
+
+
+def sweep_table(results: list[dict], points: dict[float, dict[str, list[dict]]]) -> str:
+    """Markdown: a line a point of unfreezing: loss, generation scores, compute."""
+    tasks = [task for task in GENERATION if any(task in by_task for by_task in points.values())]
+    head = ["`--unfreeze-at`", "held-out loss, nats", *(f"{task}, {METRICS[task][0]}" for task in tasks)]
+    head += ["FLOPs", "pair saved"]
+    out = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for at, by_task in points.items():
+        scores = [over_runs(by_task.get(task, [])) for task in tasks]
+        one = by_task["loss"][0]
+        cells = [f"{at:g}", over_runs(by_task["loss"], 3), *scores, f"{one['flops']:.2e}", saved(results, one)]
+        out.append(f"| {' | '.join(cells)} |")
+    return "\n".join(out) + "\n"
 
 
 def report(paths: list[Path], out: Path) -> None:
@@ -114,26 +148,28 @@ def report(paths: list[Path], out: Path) -> None:
             )
         if table := loss_table(results, kind):
             text += f"Held-out losses:\n\n{table}\n"
-    text += "Mean ± standard deviation over the runs; scores in percent, FLOPs of the whole history.\n"
+    text += (
+        "Mean ± standard deviation over the runs; scores in percent, FLOPs of the whole history. `pair saved`: of the\n"
+    )
+    text += "FLOPs of `roberta-12e` and `bart-12e12d`, where a history has both models in it.\n"
     if len(points := sweep(results)) > 1:
-        text += "\n# When to unfreeze\n\n| `--unfreeze-at` | held-out loss, nats | FLOPs |\n|---|---|---|\n"
-        text += "".join(f"| {at:g} | {over_runs(of, 3)} | {of[0]['flops']:.2e} |\n" for at, of in points.items())
+        text += f"\n# When to unfreeze\n\n{sweep_table(results, points)}"
     (out / "tables.md").write_text(text, "utf-8")
     try:
-        import matplotlib
+        import matplotlib.figure  # noqa: F401
     except ImportError:
         print(f"{out / 'tables.md'} written; for figures: pip install matplotlib")
         return
-    matplotlib.use("Agg")
     figures = [plot_scores(results, out), plot_losses(paths, results, out), plot_sweep(results, points, out)]
     print(f"{out}: {', '.join(['tables.md', *filter(None, figures)])}")
 
 
 def plot_scores(results: list[dict], out: Path) -> str:
     """A point for each task and model: score against compute. The name of the figure, "" without scores."""
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure  # pyplot would keep every figure it makes in memory
 
-    figure, axes = plt.subplots(layout="constrained")
+    figure = Figure(layout="constrained")
+    axes = figure.subplots()
     for task in dict.fromkeys(r["task"] for r in results if r["task"] != "loss"):
         points: dict[str, list[dict]] = {}
         for r in results:
@@ -153,27 +189,36 @@ def plot_scores(results: list[dict], out: Path) -> str:
 
 
 def plot_losses(paths: list[Path], results: list[dict], out: Path) -> str:
-    """A curve for each run whose folder is beside the results. The name of the figure, "" where there is none."""
-    from matplotlib import pyplot as plt
+    """A curve for each run whose folder is beside the results, encoders apart from seq2seq models: their losses are of
+    other objectives. The name of the figure, "" where there is none.
+    """
+    from matplotlib.figure import Figure
 
-    figure, axes = plt.subplots(layout="constrained")
-    for name in dict.fromkeys(r["checkpoint"] for r in results):
+    curves: dict[str, dict[str, list[dict]]] = {}
+    for name, kind in dict.fromkeys((r["checkpoint"], r["kind"]) for r in results):
         for log in (path.parent / Path(name).with_suffix(".run") / "metrics.jsonl" for path in paths):
             held_out = [row for _, line in lines(log) if "mean" in (row := json.loads(line))] if log.exists() else []
             if held_out:
-                axes.plot([x["step"] for x in held_out], [x["mean"] for x in held_out], label=Path(name).stem)
+                curves.setdefault(kind, {})[name.removeprefix("../").removesuffix(".pt")] = held_out
                 break
-    axes.set(xlabel="updates", ylabel="held-out loss, nats")
-    if not axes.lines:
+    if not curves:
         return ""
-    axes.legend(fontsize="small")
+    figure = Figure(figsize=(5.5 * len(curves), 4), layout="constrained")
+    panels = figure.subplots(1, len(curves), squeeze=False)
+    for axes, (kind, runs) in zip(panels[0], sorted(curves.items())):
+        for name, held_out in runs.items():
+            axes.plot([x["step"] for x in held_out], [x["mean"] for x in held_out], ".-", label=name)
+        axes.set(xlabel="updates", ylabel="held-out loss, nats", title=kind)
+        axes.legend(fontsize="small")
     figure.savefig(out / "loss-curves.png", dpi=120)
     return "loss-curves.png"
 
 
-def plot_sweep(results: list[dict], points: dict[float, list[dict]], out: Path) -> str:
-    """Held-out loss and compute against the point of unfreezing. Its name, "" for less than two points."""
-    from matplotlib import pyplot as plt
+def plot_sweep(results: list[dict], points: dict[float, dict[str, list[dict]]], out: Path) -> str:
+    """Held-out loss, generation scores and compute against the point of unfreezing. Its name, "" for less than two
+    points.
+    """
+    from matplotlib.figure import Figure
 
     if len(points) < 2:
         return ""
@@ -181,14 +226,20 @@ def plot_sweep(results: list[dict], points: dict[float, list[dict]], out: Path) 
     def mean(of: list[dict]) -> float:
         return statistics.mean(r["main"] for r in of)
 
-    figure, axes = plt.subplots(layout="constrained")
-    axes.plot(list(points), [mean(of) for of in points.values()], "o-", label="two stages")
-    if scratch := [r for r in results if r["task"] == "loss" and r["row"] == "bart-12e12d"]:
-        axes.axhline(mean(scratch), linestyle="--", label="from scratch")
-    axes.set(xlabel="--unfreeze-at", ylabel="held-out loss, nats")
-    axes.legend(loc="upper center")
-    right = axes.twinx()
-    right.plot(list(points), [of[0]["flops"] for of in points.values()], "s:", color="gray")
+    tasks = ["loss", *(task for task in GENERATION if any(task in by_task for by_task in points.values()))]
+    figure = Figure(figsize=(5.5 * len(tasks), 4), layout="constrained")
+    panels = figure.subplots(1, len(tasks), squeeze=False)
+    for axes, task in zip(panels[0], tasks):
+        means = {at: mean(by_task[task]) for at, by_task in points.items() if task in by_task}
+        axes.plot(list(means), list(means.values()), "o-", label="two stages")
+        if scratch := [r for r in results if r["task"] == task and r["row"] == "bart-12e12d"]:
+            axes.axhline(mean(scratch), linestyle="--", label="from scratch")
+        label = "held-out loss, nats" if task == "loss" else f"{task}, {METRICS[task][0]}, %"
+        axes.set(xlabel="--unfreeze-at", ylabel=label)
+        if task == "loss":
+            axes.legend(loc="upper center")
+    right = panels[0][0].twinx()
+    right.plot(list(points), [by_task["loss"][0]["flops"] for by_task in points.values()], "s:", color="gray")
     right.set_ylabel("FLOPs of both stages (dotted)")
     figure.savefig(out / "unfreeze-at.png", dpi=120)
     return "unfreeze-at.png"

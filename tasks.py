@@ -366,7 +366,7 @@ def predict_heads(
                         our_tags[row.item][w] = tags[next(best)]
             if label_logits is not None:
                 for row, i in zip(batch, label_logits.argmax(-1).tolist()):
-                    if 0 in row.words or not row.words:  # the first window speaks for the sentence
+                    if 0 in row.words or not items[row.item].tags:  # the first window speaks for the sentence
                         our_labels[row.item] = labels[i]
             progress.update(len(batch))
     return [Item(item.words, t, label) for item, t, label in zip(items, our_tags, our_labels)]

@@ -14,7 +14,8 @@ MLM=""
 case ${SCALE:=demo} in
 demo) SHAPE="--preset tiny --batch-size 32 --seq-len 128" STEPS=150 SECOND=105 MORE=30 ;;
 mini) # 8M tokens a model from scratch: Muon, more masks and no dropout to learn enough from so few
-  SHAPE="--preset tiny --batch-size 32 --seq-len 128 --optimizer muon --dropout 0" STEPS=2000 SECOND=1400 MORE=400
+  SHAPE="--preset tiny --batch-size 32 --seq-len 128 --optimizer muon --dropout 0 --eval-every 250"
+  STEPS=2000 SECOND=1400 MORE=400
   MLM="--mask-prob 0.4" ;;
 paper) # 1M tokens a batch
   SHAPE="--preset paper --batch-size 2048 --micro-batch-size 32 --seq-len 512 --save-every 2000 --eval-every 10000"

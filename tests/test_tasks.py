@@ -23,6 +23,7 @@ import tasks
 import train_seq2seq
 from checkpoint import load_model
 from data import InputError
+from model import MaskedLM, ModelConfig
 from tasks import Item, entities, rouge, scores, windows
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -199,6 +200,20 @@ def test_windows_answer_for_every_token_once(n, size):
     assert len(found) == 1 if n <= size else len(found) > 1
     if size >= 8:  # tokens on either side, but at the ends of the sentence
         assert all(first - start >= size // 4 or start == 0 for start, _, first, _ in found)
+
+
+def test_the_first_window_speaks_for_the_sentence(tokenizer, ids):
+    torch.manual_seed(0)
+    body = MaskedLM(ModelConfig(ids.vocab_size, 32, 2, 64, 1, max_len=16))
+    labels = [str(i) for i in range(200)]
+    model = tasks.Heads(body, 2, len(labels), False)
+    item = Item(["go", "to", "http://" + "x/y" * 60], ["O", "O", "O"], "0")  # its last word begins in the first window
+    rows = tasks.rows_of([item], tokenizer, ids, 16, ["O", "P"], labels)
+    assert len(rows) > 2 and rows[-1].words == []
+    alone = [tasks.run_heads(model.eval(), [row], ids.pad)[1].argmax().item() for row in rows]
+    assert len(set(alone)) > 1
+    (ours,) = tasks.predict_heads(model, [item], rows, ["O", "P"], labels, ids.pad, "")
+    assert ours.label == labels[alone[0]]
 
 
 def test_rows_hold_every_word_once(tokenizer, ids):
@@ -422,17 +437,17 @@ def test_report(command, checkpoints, folder, capsys):
     of_tasks = re.sub(r"Held-out losses:\n\n(\|.*\n)+", "", text)
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in of_tasks.splitlines() if line.startswith("|")]
     assert [line[0] for line in table] == ["model", "---", "roberta-12e", "bart-12e12d", "model", "---", "bart-12e12d"]
-    assert table[0][:3] == ["model", "FLOPs", "held-out loss, nats"]
-    assert table[0][3:] == ["nli, accuracy: others", "nli: trained", "pos, accuracy: others", "pos: trained"]
+    assert table[0][:4] == ["model", "FLOPs", "pair saved", "held-out loss, nats"]
+    assert table[0][4:] == ["nli, accuracy: others", "nli: trained", "pos, accuracy: others", "pos: trained"]
     results = [json.loads(line) for line in (checkpoints / "r.jsonl").read_text().splitlines()]
     english = [r["scores"]["accuracy"] for r in results if r["task"] == "pos" and r["language"] == "en"]
-    assert table[3][6] == tasks.mean_sd(english[:2]) and table[3][3] == "-" and " ± " in table[3][6]
+    assert table[3][7] == tasks.mean_sd(english[:2]) and table[3][4] == "-" and " ± " in table[3][7]
     assert all(r["n_train"] == (9 if r["task"] == "summ" else 50) for r in results)
     losses = [json.loads(line) for line in (checkpoints / "losses.jsonl").read_text().splitlines()]
     entropy = {r["language"]: f"{r['unigram_entropy']:.2f}" for r in losses}
     assert f"| unigram entropy | {entropy['de']} | {entropy['en']} | {entropy['hi']} |" in text
     of_bart = [r["loss"] for r in losses if r["kind"] == "seq2seq"]
-    assert table[3][2] == "-" and table[6][2] == f"{sum(of_bart) / 3:.3f}"  # an encoder's loss is of another objective
+    assert table[3][3] == "-" and table[6][3] == f"{sum(of_bart) / 3:.3f}"  # an encoder's loss is of another objective
     assert float(table[2][1]) < float(table[3][1])  # the second stage adds to the first
     assert (checkpoints / "OUT" / "loss-curves.png").stat().st_size > 5000
     assert (checkpoints / "OUT" / "score-against-compute.png").stat().st_size > 5000
@@ -442,9 +457,11 @@ def test_report(command, checkpoints, folder, capsys):
 
 
 def test_report_of_runs_from_other_seeds_and_the_sweep(command, checkpoints):
-    def result(row, unfreeze_at=0.0, **more):
-        stage = {"flops": 1e9 * (2 - unfreeze_at), "settings": {"unfreeze_at": unfreeze_at}}
-        return {"checkpoint": f"{row}.pt", "kind": "seq2seq", "history": [stage], "task": "loss"} | more
+    def result(row, unfreeze_at=0.0, pretrained=0, **more):
+        flops, settings = 1e9 * (2 - unfreeze_at), {"unfreeze_at": unfreeze_at, "seed": pretrained}
+        history = [{"stage": "seq2seq", "flops": flops, "settings": settings}]
+        history = [{"stage": "encoder", "flops": 1e9}] * (row != "bart-12e12d") + history
+        return {"checkpoint": f"{row}.pt", "kind": "seq2seq", "history": history, "task": "loss"} | more
 
     one = [result("bart-12e12d", language=x, loss=y) for x, y in (("en", 1.0), ("de", 3.0))]
     one += [result("2stage-bart-12e12d-unfrz", unfreeze_at=0.5, language="en", loss=9.0)]  # made again below
@@ -454,20 +471,51 @@ def test_report_of_runs_from_other_seeds_and_the_sweep(command, checkpoints):
         ("unfreeze-at-0", 0.0, 1.5),
     ):
         one += [result(row, unfreeze_at=at, language="en", loss=loss)]
-    two = [result("bart-12e12d", language=x, loss=y) for x, y in (("en", 1.2), ("de", 3.2))]
+    one += [
+        result("2stage-bart-12e12d-unfrz", 0.5, pretrained=1, language="en", loss=7.0)
+        | {"checkpoint": "1/2stage-bart-12e12d-unfrz.pt"}
+    ]
+    two = [result("roberta-12e", language="en", loss=1.0) | {"kind": "encoder"}]
+    two[0]["history"].pop()
+    two += [result("bart-12e12d", language=x, loss=y) for x, y in (("en", 1.2), ("de", 3.2))]
     for name, rows in (("a.jsonl", one), ("b.jsonl", two)):
         Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     command(evaluation, "a.jsonl", "b.jsonl", "--report", "OUT")
     text = Path("OUT/tables.md").read_text()
-    assert "| bart-12e12d | 2.00e+09 | 2.100 ± 0.141 |" in text
+    assert "| bart-12e12d | 2.00e+09 | - | 2.100 ± 0.141 |" in text
     assert (
         "| nats | de | en | mean |\n|---|---|---|---|\n| bart-12e12d | 3.10 ± 0.14 | 1.10 ± 0.14 | 2.10 ± 0.14 |"
         in text
     )
     assert "| 2stage-bart-12e12d | - | 4.00 | 4.00 |" in text
     curve = text[text.index("# When to unfreeze") :].splitlines()[4:]
-    assert curve == ["| 0 | 1.500 | 2.00e+09 |", "| 0.5 | 2.000 | 1.50e+09 |", "| 1 | 4.000 | 1.00e+09 |"]
+    points = [
+        "| 0 | 1.500 | 3.00e+09 | 0.0% |",
+        "| 0.5 | 2.000 | 2.50e+09 | 16.7% |",
+        "| 1 | 4.000 | 2.00e+09 | 33.3% |",
+    ]
+    assert curve == points  # seed 1 has one point of them: no part of the curve
+    assert "| 2stage-bart-12e12d-unfrz | 2.50e+09 | 16.7% | 4.500 ± 3.536 |" in text
     assert Path("OUT/unfreeze-at.png").stat().st_size > 5000
+    more = dict(language="en", train_lang="en", task="parse")
+    rows = [("2stage-bart-12e12d-unfrz", 0.5, 20.0), ("2stage-bart-12e12d-unfrz", 0.5, 22.0), ("bart-12e12d", 0.0, 9.0)]
+    three = [
+        result(row, at, **more, seed=seed, scores={"exact match": score}) for seed, (row, at, score) in enumerate(rows)
+    ]
+    three += [result("unfreeze-at-0.25", 0.25, **more, seed=0, scores={"exact match": 1.0})]  # without a loss: no point
+    Path("c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in three))
+    command(evaluation, "a.jsonl", "c.jsonl", "--report", "OUT")
+    text = Path("OUT/tables.md").read_text()
+    curve = text[text.index("# When to unfreeze") :].splitlines()[2:]
+    assert curve[0] == "| `--unfreeze-at` | held-out loss, nats | parse, exact match | FLOPs | pair saved |"
+    assert curve[2:4] == ["| 0 | 1.500 | - | 3.00e+09 | - |", "| 0.5 | 2.000 | 21.00 ± 1.41 | 2.50e+09 | - |"]
+    assert curve[4:] == ["| 1 | 4.000 | - | 2.00e+09 | - |"]
+    for row in (*one, *two):
+        for stage in row["history"]:
+            stage["flops"] = 0.0
+    Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (*one, *two)))
+    command(evaluation, "a.jsonl", "--report", "OUT")
+    assert "| 2stage-bart-12e12d | 0.00e+00 | - | 4.000 |" in Path("OUT/tables.md").read_text()
 
 
 def test_report_without_matplotlib(command, checkpoints, folder, capsys, monkeypatch):
