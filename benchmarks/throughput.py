@@ -12,6 +12,7 @@ same run.
 """
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -142,12 +143,13 @@ def searcher(o: dict) -> Callable[[], None]:
     """Generation of `new` tokens for each row of a batch, by ours or by transformers."""
     torch.manual_seed(0)
     cfg, ids = model_config(o), SpecialIds(o["vocab"])
-    ours = Seq2Seq(cfg).eval().to(trainer.device())
+    dtype = torch.bfloat16 if o["dtype"] == "bf16" else torch.float32
+    ours = Seq2Seq(cfg).eval().to(trainer.device(), dtype)
     src = torch.randint(ids.ordinary, o["vocab"], (o["rows"], 64), device=trainer.device())
     if o["who"] == "ours":  # an end that never comes: both make all tokens
         trainer.keep_memory()
         return lambda: generate(ours, src, bos=ids.bos, eos=-1, pad=ids.pad, max_new=o["new"], beams=o["beams"])
-    model = hf_model(ours).eval().to(trainer.device())
+    model = hf_model(ours).eval().to(trainer.device(), dtype)
     options = dict(max_new_tokens=o["new"], min_new_tokens=o["new"], num_beams=o["beams"], do_sample=False)
     options |= dict(decoder_start_token_id=ids.bos, early_stopping=False)
     mask = torch.ones_like(src)
@@ -169,8 +171,8 @@ def work(o: dict) -> None:
 # Rounds -------------------------------------------------------------------------------------------------------------
 
 
-def take_turns(options: list[dict], rounds: int, times: int, warm: int = 2) -> list[tuple[float, float]]:
-    """(median seconds of one act, peak bytes) of each contender; they take turns and are then ended."""
+def take_turns(options: list[dict], rounds: int, times: int) -> list[tuple[float, float]]:
+    """(median seconds, peak bytes) of an act of each contender: one act each to warm up, then turns of `times` acts."""
     line = [sys.executable, __file__, "--work"]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     processes = [subprocess.Popen([*line, json.dumps(o)], **pipes) for o in options]
@@ -182,7 +184,7 @@ def take_turns(options: list[dict], rounds: int, times: int, warm: int = 2) -> l
         return [float(x) for x in answer] if answer else [float("nan"), float("nan")]
 
     for process in processes:
-        ask(process, warm)
+        ask(process, 1)
     seen = [[ask(process, times) for process in processes] for _ in range(rounds)]
     for process in processes:
         process.stdin.close()
@@ -230,7 +232,7 @@ def training(task: str, rounds: int, **more) -> None:
         who = ["ours", "transformers", "nn.Transformer"]
         if not more:
             who.append("transformers, memory kept")
-        found = take_turns([o | {"who": x} for x in who], rounds, 3)
+        found = take_turns([o | {"who": x} for x in who], rounds, 3 if o["preset"] == "tiny" else 1)
         flops = trainer.batch_flops(model_config(o), batch_of(o)[0])
         peak = matmul_rate(dtype)
         print(
@@ -253,12 +255,12 @@ def frozen(rounds: int) -> None:
 
 
 def generation(rounds: int) -> None:
-    for beams, new in ((1, 256), (4, 64)):
-        o = BASE | dict(task="generate", beams=beams, new=new, dtype="fp32")
-        found = take_turns([o | {"who": who} for who in ("ours", "transformers")], rounds, 1, warm=1)
+    for dtype, (beams, new) in itertools.product(("bf16", "fp32"), ((1, 256), (4, 64))):
+        o = BASE | dict(task="generate", beams=beams, new=new, dtype=dtype)
+        found = take_turns([o | {"who": who} for who in ("ours", "transformers")], rounds, 1)
         speeds = [o["rows"] * new / seconds for seconds, _ in found]
         print(
-            f"generation, tiny, beams {beams}, {new} tokens, 32 rows: ours {speeds[0]:,.0f} tokens/s, "
+            f"generation, tiny, {dtype}, beams {beams}, {new} tokens, 32 rows: ours {speeds[0]:,.0f} tokens/s, "
             f"transformers {speeds[1]:,.0f}: {speeds[0] / speeds[1]:.2f} x",
             flush=True,
         )
@@ -474,7 +476,7 @@ def vocabulary(rounds: int) -> None:
         for rows in (8, 32):
             options = BASE | dict(task="denoise", vocab=vocab, rows=rows, dtype="bf16")
             who = ("ours", "transformers")
-            found = take_turns([options | {"who": x} for x in who], 1, 1, warm=1)
+            found = take_turns([options | {"who": x} for x in who], 1, 1)
             figures = [f"{x} {memory / 2**20:,.0f} MB, {seconds:.2f} s" for x, (seconds, memory) in zip(who, found)]
             print(f"de-noising, tiny, {vocab:,} pieces, {rows} rows of 128: {', '.join(figures)}", flush=True)
 
