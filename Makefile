@@ -1,6 +1,6 @@
 # make demo   environment, then the three commands on the embedded corpus, into demo/
 # make test   environment, then the tests
-# make bench  speed and memory beside transformers and nn.Transformer (over an hour)
+# make bench  speed and memory beside transformers and nn.Transformer (70 minutes)
 # make soak   200 kills of training runs at random instants, each resumed (about 10 minutes)
 # make fuzz   125,000 damaged files into every reader (about 15 minutes)
 
