@@ -120,7 +120,7 @@ def print_losses(
         rows, entropy = data.n_valid_rows(language), entropies[language]
         print(f"{language:8} {rows:6} {loss:6.3f} {math.exp(loss):11.1f} {entropy:16.3f}")
         about = {"checkpoint": str(args.checkpoint), "kind": checkpoint["kind"], "history": checkpoint["history"]}
-        numbers = {"loss": loss, "unigram_entropy": entropies[language]}
+        numbers = {"loss": loss, "unigram_entropy": entropy}
         append(args.out, [about | {"task": "loss", "language": language} | numbers])
     mean = sum(losses.values()) / len(losses)
     print(f"mean            {mean:6.3f} {'':11} {sum(entropies.values()) / len(losses):16.3f}")

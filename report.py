@@ -192,6 +192,7 @@ def plot_losses(paths: list[Path], results: list[dict], out: Path) -> str:
     """A curve for each run whose folder is beside the results, encoders apart from seq2seq models: their losses are of
     other objectives. The name of the figure, "" where there is none.
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     curves: dict[str, dict[str, list[dict]]] = {}
@@ -206,6 +207,7 @@ def plot_losses(paths: list[Path], results: list[dict], out: Path) -> str:
     figure = Figure(figsize=(5.5 * len(curves), 4), layout="constrained")
     panels = figure.subplots(1, len(curves), squeeze=False)
     for axes, (kind, runs) in zip(panels[0], sorted(curves.items())):
+        axes.set_prop_cycle(color=colormaps["tab20"].colors)
         for name, held_out in runs.items():
             axes.plot([x["step"] for x in held_out], [x["mean"] for x in held_out], ".-", label=name)
         axes.set(xlabel="updates", ylabel="held-out loss, nats", title=kind)
