@@ -3,12 +3,12 @@
     python benchmarks/throughput.py                     # all of it, about an hour on 2 cores
     python benchmarks/throughput.py --only mlm noise --rounds 3
 
-Every contender is a process of its own that stays alive; they take turns (A B A B), a round being a few updates of
-each. Printed are medians over the rounds, ratios of medians, and the peak of resident memory, libraries included.
-An update is whole: forward, backward, clipping, AdamW. The models of transformers are exported from ours: equal shapes,
-equal weights, the same batch. Saving, loading, the first update and memory against the vocabulary are measured once.
-The share of the machine (MFU) is the ledger's FLOPs over the rate of a large product in the same dtype, measured in the
-same run.
+Every contender is a process of its own that stays alive; they take turns (A B A B), a round being one or a few
+updates of each. Printed are medians over the rounds, ratios of medians, and the peak of resident memory, libraries
+included. An update is whole: forward, backward, clipping, AdamW. The models of transformers are exported from ours:
+equal shapes, equal weights, the same batch. Saving, loading, the first update and memory against the vocabulary are
+measured once. The share of the machine (MFU) is the ledger's FLOPs over the rate of a large product in the same
+dtype, measured in the same run.
 """
 
 import argparse
