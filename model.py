@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-IGNORE = -100  # the target of a position that has none
+from objectives import IGNORE
 
 
 def flag(default: object, text: str, **more: object) -> object:
@@ -101,7 +101,9 @@ class Attention(nn.Module):
         return self._heads(self.kv(memory)).chunk(2, dim=1)
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        """What each x [B, T, D] gathers from the values; mask [B, 1, 1, S] is True where there is a real token."""
+        """What each x [B, T, D] gathers from values v by keys k, both [B, H, S, K]; mask [B, 1, 1, S] is True where there
+        is a real token.
+        """
         q = self._heads(self.q(x))  # [B, H, T, K]
         by_hand = q.device.type == "cpu" and (q.dtype == torch.bfloat16 or q.shape[2] == 1)
         attend = plain_attention if by_hand else F.scaled_dot_product_attention
@@ -232,6 +234,7 @@ class Fusion(nn.Module):
         return (self.norm(layers) @ self.query / len(self.query) ** 0.5).float().softmax(0)
 
     def forward(self, layers: Tensor) -> Tensor:  # [layers, B, S, D] -> [B, S, D]
+        """The fused vectors."""
         return (self.weights(layers)[..., None] * layers).sum(0)
 
 
@@ -263,6 +266,7 @@ class ProjectionLoss(torch.autograd.Function):
     while they are at hand, and only scaled in the backward pass. Gradients nobody needs (a frozen embedding) are not
     computed. At a 150k vocabulary the logits of 64 rows of 512 would be 9.8 GB in bf16; a chunk here is 32 MB.
     Products are over whole chunks; on a CPU the softmax between them, in fp32, takes as many rows as its cache holds.
+    Chunks with their gradients in the forward pass: as Liger Kernel has them (Hsu et al. 2024).
     """
 
     CHUNK_LOGITS = 2**24  # logits at a time
@@ -272,6 +276,7 @@ class ProjectionLoss(torch.autograd.Function):
     def forward(
         ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
     ) -> Tensor:  # [N, D], [V, D], [V], [N] -> []
+        """The sum in nats over the targets that are not IGNORE."""
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         h_all, w, need = hidden.to(dtype), weight.to(dtype), ctx.needs_input_grad
@@ -305,8 +310,19 @@ class ProjectionLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # [] -> [N, D], [V, D], [V], None
+        """The gradients that the forward pass took, scaled."""
         return *(None if g is None else g * grad for g in ctx.grads), None
+
+
+def projection_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """ProjectionLoss of hidden [N, D], weight [V, D], bias [V] and targets [N]; it takes no gradients under no_grad.
+
+    The Function cannot see that for itself: autograd is off inside it in any case.
+    """
+    if not torch.is_grad_enabled():
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+    return ProjectionLoss.apply(hidden, weight, bias, targets)
 
 
 def _init_weights(module: nn.Module) -> None:
@@ -352,7 +368,7 @@ class MaskedLM(nn.Module):
         """
         at = (labels.flatten() != IGNORE).nonzero().squeeze(1)  # [N]
         hidden = self.head(self.encoder(self.embed(src), src_mask, at=at))  # [N, D]
-        return ProjectionLoss.apply(hidden, self.embed.weight, self.head_bias, labels.flatten()[at])
+        return projection_loss(hidden, self.embed.weight, self.head_bias, labels.flatten()[at])
 
 
 class Seq2Seq(nn.Module):
@@ -386,7 +402,7 @@ class Seq2Seq(nn.Module):
     def forward(self, src: Tensor, tgt_in: Tensor, tgt_out: Tensor, src_mask: Tensor | None = None) -> Tensor:
         """Sum of the losses in nats over the real positions of tgt_out [B, T], for src [B, S] and tgt_in [B, T]."""
         hidden = self.decode(tgt_in, self.encode(src, src_mask), src_mask)  # [B, T, D]
-        return ProjectionLoss.apply(hidden.flatten(0, 1), self.embed.weight, None, tgt_out.flatten())
+        return projection_loss(hidden.flatten(0, 1), self.embed.weight, None, tgt_out.flatten())
 
 
 # Generation --------------------------------------------------------------------------------------------------------
@@ -436,8 +452,17 @@ def generate(
     return tokens[:, 1:]
 
 
-def _beam_search(next_logits, tokens, cache, k, eos, pad, max_new, length_penalty) -> Tensor:
-    """Keeps the k best unfinished hypotheses of each source and the k best finished ones; tokens is [B * k, 1]."""
+def _beam_search(
+    next_logits: Callable[[Tensor], Tensor],
+    tokens: Tensor,
+    cache: list[dict] | None,
+    k: int,
+    eos: int,
+    pad: int,
+    max_new: int,
+    length_penalty: float,
+) -> Tensor:  # [B * k, 1] -> [B, T]
+    """Keeps the k best unfinished hypotheses of each source and the k best finished ones."""
     n = len(tokens) // k  # sources, B
     score = torch.full((n, k), -torch.inf, device=tokens.device)
     score[:, 0] = 0.0  # the k first hypotheses are the same one
@@ -473,4 +498,4 @@ def _beam_search(next_logits, tokens, cache, k, eos, pad, max_new, length_penalt
     unfinished = torch.where(done[:, None], -torch.inf, score / max_new**length_penalty)
     finish(tokens.view(n, k, -1), unfinished)
     best = best[:, 0, 1:]  # [B, max_new]
-    return best[:, : 1 + int((best != pad).any(0).nonzero().max())]
+    return best[:, : 1 + max((best != pad).any(0).nonzero().flatten().tolist(), default=0)]

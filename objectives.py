@@ -22,7 +22,7 @@ class OneProcessError(InputError):
     """A fault that only one of several processes may see: that of a row, say, which one of them alone reads."""
 
 
-IGNORE = -100  # label of a position that carries no loss, as in model.py
+IGNORE = -100  # label of a position that carries no loss
 ORDER, NOISE, VALID_NOISE = range(3)  # streams: one per use of the seed, so that no two uses share random numbers
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from model import IGNORE, PRESETS, Fusion, MaskedLM, ModelConfig, ProjectionLoss, Seq2Seq, generate, plain_attention
 
@@ -73,6 +74,17 @@ def test_chunked_loss_never_holds_all_logits():
     with Watch():
         ProjectionLoss.apply(hidden, weight, None, torch.zeros(3000, dtype=torch.long)).backward()
     assert largest <= ProjectionLoss.CHUNK_LOGITS < 3000 * 10_000
+
+
+def test_without_autograd_no_gradient_is_computed():
+    model = seq2seq()
+    batch = [torch.randint(6, 120, (4, 20)) for _ in range(3)]
+    flops = []
+    for autograd in (True, False):
+        with torch.set_grad_enabled(autograd), FlopCounterMode(display=False) as counter:
+            model(*batch)
+        flops.append(counter.get_total_flops())
+    assert flops[0] - flops[1] == 2 * 2 * 4 * 20 * 120 * 32  # a product for the vectors, one for the embedding
 
 
 def test_bf16_loss_is_close():
@@ -217,6 +229,14 @@ def test_generation_ends_at_eos_and_pads():
             ended += 1
             assert set(row[row.index(EOS) + 1 :]) <= {PAD}
     assert ended and len({row.index(EOS) for row in out.tolist() if EOS in row}) > 1
+
+
+def test_a_model_that_writes_padding_alone():
+    model = seq2seq()
+    model.embed.weight.data[PAD] = 100 * model.decode(torch.tensor([[BOS]]), torch.zeros(1, 3, 32))[0, 0].detach()
+    for beams in (1, 3):
+        out = generate(model, torch.randint(6, 120, (2, 9)), bos=BOS, eos=EOS, pad=PAD, max_new=5, beams=beams)
+        assert out.shape[1] and (out == PAD).all()
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0])
