@@ -46,6 +46,7 @@ BLOCK_BYTES = 1 << 19  # text handed to a worker at a time
 MAX_DOCUMENT = 1 << 20  # bytes; a longer run of lines without a blank one is cut, so that memory stays constant
 MAX_LINE = 1 << 24  # bytes; JSON parsed takes up to 25 times its size
 MAX_MODEL = 1 << 26  # bytes of a tokenizer.model
+MIN_VOCAB, MAX_VOCAB = 400, 2_000_000  # special tokens and bytes take 362
 SHARD_TOKENS = 1 << 28
 MAGIC = b"tokens01"
 HEADER = 32  # bytes: the magic, 16 of the tokenizer's sha256, the number of tokens
@@ -56,10 +57,21 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def world() -> int:
+    """How many processes torchrun started; 1 alone."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def say(line: str) -> None:
     """Prints a line once, however many processes there are, and leaves a progress bar whole."""
     if rank() == 0:
         tqdm.write(line)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether it says so: numpy by a MemoryError, torch by a RuntimeError."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -75,15 +87,18 @@ def run_command(main: Callable[[], None]) -> None:
         if rank() == 0 or isinstance(error, OneProcessError):  # under torchrun every process finds the same mistake
             print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         status = 2
-    except (MemoryError, RuntimeError) as error:  # RuntimeError is what torch raises, on a GPU too
-        if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
+    except PermissionError as error:
+        print(f"{error.filename}: permission denied; change its permissions or name another", file=sys.stderr)
+        status = 2
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
             raise
         name, reason = Path(sys.argv[0]).name, str(error).split("\n")[0][:200]
         print(f"{name}: out of memory ({reason}); smaller micro-batches or a smaller model need less", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         status = 130
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if world() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -119,12 +134,16 @@ def find_text(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
+def _is_text(path: Path) -> bool:
+    return path.name.removesuffix(".gz").removesuffix(".xz").endswith(".txt")
+
+
 def raw_documents(path: Path, progress: Callable[[int], None] = lambda n: None) -> Iterator[tuple[int, bytes]]:
     """Undecoded documents of a file as (number of the first line, bytes); progress is told of bytes read from disk.
 
     Raises InputError for a damaged archive or a line over 16 MB.
     """
-    is_text = ".txt" in path.suffixes
+    is_text = _is_text(path)
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, lambda raw: raw)
     number, first, size, lines, seen = 0, 1, 0, [], 0
     try:
@@ -158,7 +177,7 @@ def document_text(path: Path, number: int, raw: bytes) -> str:
     """The text of a raw document. Raises InputError with file and line for bad UTF-8, JSON or a missing "text"."""
     try:
         text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-        if ".txt" in path.suffixes:
+        if _is_text(path):
             return text
         text = json.loads(text)["text"]
         if not isinstance(text, str):
@@ -208,8 +227,11 @@ def train_tokenizer(text: dict[str, list[Path]], vocab_size: int, seed: int) -> 
     """A SentencePiece unigram model (Kudo 2018) in which every Unicode text survives encoding and decoding.
 
     No normalisation, spaces kept, bytes for characters outside the vocabulary; U+2581, SentencePiece's own sign for a
-    space, is the one character that comes back as another. Raises InputError where the text cannot fill vocab_size.
+    space, is the one character that comes back as another. Raises InputError where the text cannot fill vocab_size, or
+    it is out of range.
     """
+    if not MIN_VOCAB <= vocab_size <= MAX_VOCAB:
+        raise InputError(f"--vocab-size {vocab_size}: it must be from {MIN_VOCAB} to {MAX_VOCAB:,}")
     lines = [line for files in text.values() for line in sample_lines(files, TOKENIZER_CHARS // len(text), seed)]
     if not lines:
         raise InputError("no text to train a tokenizer on: every file is empty")
@@ -259,7 +281,7 @@ def load_tokenizer(model: bytes, name: object) -> spm.SentencePieceProcessor:
         ids = SpecialIds(tokenizer.vocab_size())
         pieces = tokenizer.id_to_piece(list(range(ids.vocab_size)))  # all of them: some might be no UTF-8
     except (RuntimeError, UnicodeDecodeError):
-        raise InputError(f"{name}: not a SentencePiece model") from None
+        raise InputError(f"{name}: not a SentencePiece model; train one with `python data.py`") from None
     special = {ids.pad: "<pad>", ids.mask: "<mask>", ids.ordinary - 1: f"<extra_id_{ids.n_sentinels - 1}>"}
     if any(pieces[i : i + 1] != [piece] for i, piece in special.items()):
         raise InputError(f"{name}: its special tokens are not this project's; train one with `python data.py`")
@@ -314,7 +336,7 @@ def _encode_block(path: Path, block: list[tuple[int, bytes]]) -> tuple[dict[str,
     The split is decided by a hash of the document's text: it does not depend on how the text is spread over files,
     and a document that occurs twice is never on both sides.
     """
-    tokenizer, tokens, n_bytes, n_words = _worker["tokenizer"], {"train": [], "valid": []}, 0, 0
+    tokenizer, tokens, n_documents, n_bytes, n_words = _worker["tokenizer"], {"train": [], "valid": []}, 0, 0, 0
     type_ = _token_type(tokenizer.vocab_size())
     for number, raw in block:
         text = document_text(path, number, raw)
@@ -326,9 +348,10 @@ def _encode_block(path: Path, block: list[tuple[int, bytes]]) -> tuple[dict[str,
         for line in tokenizer.encode(lines):
             tokens[split].append(np.array(line, type_))
         tokens[split].append(np.array([SpecialIds.eos], type_))
+        n_documents += 1
         n_bytes += len(raw)
         n_words += len(text.split())
-    return {split: np.concatenate(parts) for split, parts in tokens.items() if parts}, len(block), n_bytes, n_words
+    return {split: np.concatenate(parts) for split, parts in tokens.items() if parts}, n_documents, n_bytes, n_words
 
 
 def _blocks(files: list[Path], progress: Callable[[int], None]) -> Iterator[tuple[Path, list[tuple[int, bytes]]]]:
@@ -345,16 +368,16 @@ def _blocks(files: list[Path], progress: Callable[[int], None]) -> Iterator[tupl
             yield path, block
 
 
-def _in_order(n_workers: int, start_worker: tuple, work: Callable, arguments: Iterator[tuple]) -> Iterator:
-    """work(*a) for each a in arguments, in order, on n_workers processes, with a bounded number under way."""
+def _encode(n_workers: int, start_worker: tuple, blocks: Iterator[tuple]) -> Iterator[tuple]:
+    """_encode_block of each block, in order, on n_workers processes, with a bounded number under way."""
     if n_workers == 1:
         _start_worker(*start_worker)
-        yield from (work(*a) for a in arguments)
+        yield from (_encode_block(*block) for block in blocks)
         return
     with ProcessPoolExecutor(n_workers, initializer=_start_worker, initargs=start_worker) as pool:
         under_way: deque = deque()
-        for a in arguments:
-            under_way.append(pool.submit(work, *a))
+        for block in blocks:
+            under_way.append(pool.submit(_encode_block, *block))
             if len(under_way) > 4 * n_workers:
                 yield under_way.popleft().result()
         while under_way:
@@ -409,10 +432,13 @@ def prepare(
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be read or made ({error.strerror}); name another") from None
     load_tokenizer(model, tokenizer)
+    there = data_dir / "tokenizer.model"
+    if there.exists() and there.read_bytes() != model:
+        raise InputError(f"{there}: another part's, not that of --tokenizer {tokenizer}; use one for all parts")
     meta = dict(seed=seed, valid_fraction=valid_fraction, languages={})
     total = sum(path.stat().st_size for files in text.values() for path in files)
     try:
-        _write(data_dir / "tokenizer.model", model)
+        _write(there, model)
         with tqdm(total=total, unit="B", unit_scale=True, desc="encoding", disable=None) as bar:
             for language, files in text.items():
                 bar.set_postfix_str(language)
@@ -420,7 +446,7 @@ def prepare(
                     split: _ShardWriter(data_dir, f"{language}.{split}{infix}", model) for split in ("train", "valid")
                 }
                 totals, start_worker = np.zeros(3, np.int64), (model, seed, valid_fraction)
-                for tokens, *figures in _in_order(n_workers, start_worker, _encode_block, _blocks(files, bar.update)):
+                for tokens, *figures in _encode(n_workers, start_worker, _blocks(files, bar.update)):
                     totals += figures
                     for split, piece in tokens.items():
                         writers[split].write(piece)
@@ -504,10 +530,10 @@ def n_tokens(meta: dict, split: str) -> dict[str, int]:
     return {language: sum(n for _, n in entry[split]) for language, entry in meta["languages"].items()}
 
 
-def print_table(meta: dict, alpha: float) -> None:
-    """Prints what a data folder holds of each language, and its sampling share at exponent alpha."""
+def print_table(meta: dict) -> None:
+    """Prints what a data folder holds of each language, and its sampling share at the default exponent of 0.5."""
     train, valid = n_tokens(meta, "train"), n_tokens(meta, "valid")
-    share = shares(train, alpha)
+    share = shares(train, 0.5)
     print("language  documents      tokens    held out         bytes  tokens/word  share")
     for language, entry in meta["languages"].items():
         tokens = train[language] + valid[language]
@@ -620,10 +646,10 @@ class TokenData:
     def locate(self, i: int) -> tuple[str, int]:
         """Language of sample i, and which of that language's rows it is."""
         languages, ranks = self._block(i // self._block_size)
-        language, rank = self.languages[languages[i % self._block_size]], int(ranks[i % self._block_size])
+        language, before = self.languages[languages[i % self._block_size]], int(ranks[i % self._block_size])
         n_rows = len(self.train[language]) // self.seq_len
-        key = _mix(_mix(_mix(self.seed) ^ zlib.crc32(language.encode())) ^ rank // n_rows)
-        return language, permuted(rank % n_rows, n_rows, key)
+        key = _mix(_mix(_mix(self.seed) ^ zlib.crc32(language.encode())) ^ before // n_rows)
+        return language, permuted(before % n_rows, n_rows, key)
 
     def row(self, i: int) -> np.ndarray:  # [L]
         """The tokens of sample i. Raises OneProcessError for a damaged shard."""
@@ -689,16 +715,11 @@ def main() -> None:
         "--valid-fraction", type=float, default=0.01, help="share of documents held out (default %(default)s)"
     )
     parser.add_argument(
-        "--alpha", type=float, default=0.5, help="sampling exponent, for the table (default %(default)s)"
-    )
-    parser.add_argument(
         "--seed", type=int, default=0, help="of the tokenizer's sample and of the split (default %(default)s)"
     )
     args = parser.parse_args()
     if not 0 <= args.valid_fraction < 1:
         raise InputError(f"--valid-fraction {args.valid_fraction}: it must be in [0, 1)")
-    if not 0 <= args.alpha <= 1:
-        raise InputError(f"--alpha {args.alpha}: it must be in [0, 1]")
     if not 0 <= args.seed < 1 << 64:
         raise InputError(f"--seed {args.seed}: it must be from 0 to 2**64 - 1")
     part = re.fullmatch("([0-9]{1,4})/([0-9]{1,4})", args.part)
@@ -707,9 +728,7 @@ def main() -> None:
     args.part = int(part[1]), int(part[2])
     if args.part[1] > 1 and not args.tokenizer:
         raise InputError(f"--part {part[0]}: the parts need one tokenizer; add --tokenizer FILE")
-    options = vars(args)
-    alpha = options.pop("alpha")
-    print_table(prepare(**options, n_workers=os.cpu_count() or 1), alpha)
+    print_table(prepare(**vars(args), n_workers=os.cpu_count() or 1))
 
 
 if __name__ == "__main__":

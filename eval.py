@@ -35,7 +35,14 @@ MARK = "\ufdd0"  # stands for <mask> while a sentence is encoded: no text may ho
 
 
 def encode_sentence(tokenizer, ids: SpecialIds, text: str) -> Tensor:
-    """Tokens [1, S] of a sentence and its closing </s>; each "<mask>" in it, with a space before it, is one token."""
+    """Tokens [1, S] of a sentence and its closing </s>; each "<mask>" in it, with a space before it, is one token.
+
+    Raises InputError for bytes of the command line that are no UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{text!r}: not UTF-8; convert the sentence") from None
     mark = tokenizer.encode(MARK)[1:]  # bytes, behind the space that every encoding begins with
     space, tokens = tokenizer.piece_to_id("▁"), []
     for token in tokenizer.encode(text.replace("<mask>", MARK)):
@@ -118,7 +125,8 @@ def print_losses(
     print("language   rows   loss  perplexity  unigram entropy")
     for language, loss in losses.items():
         rows, entropy = data.n_valid_rows(language), entropies[language]
-        print(f"{language:8} {rows:6} {loss:6.3f} {math.exp(loss):11.1f} {entropy:16.3f}")
+        perplexity = math.exp(loss) if loss < 700 else math.inf  # of a diverged model no double holds it
+        print(f"{language:8} {rows:6} {loss:6.3f} {perplexity:11.1f} {entropy:16.3f}")
         about = {"checkpoint": str(args.checkpoint), "kind": checkpoint["kind"], "history": checkpoint["history"]}
         numbers = {"loss": loss, "unigram_entropy": entropy}
         append(args.out, [about | {"task": "loss", "language": language} | numbers])
@@ -272,7 +280,9 @@ def _parse_flags() -> argparse.Namespace:
     group.add_argument("--lr", type=float, nargs="+", help="peak rates to try (default 0.016 / sqrt(d_model))")
     group.add_argument("--epochs", type=int, default=0, help="0: 3, or as many as 500 updates take (default 0)")
     group.add_argument("--batch-size", type=int, default=32, help="rows an update (default %(default)s)")
-    group.add_argument("--freeze-encoder", action="store_true", help="train the heads alone, on a fusion of all layers")
+    group.add_argument(
+        "--freeze-encoder", action="store_true", help="train all but the encoder; heads read all its layers"
+    )
     args = parser.parse_intermixed_args()
     for name, least in (("beams", 1), ("seeds", 1), ("epochs", 0), ("n_train", 0), ("batch_size", 1)):
         if getattr(args, name) < least:

@@ -101,9 +101,7 @@ class Attention(nn.Module):
         return self._heads(self.kv(memory)).chunk(2, dim=1)
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        """What each x [B, T, D] gathers from values v by keys k, both [B, H, S, K]; mask [B, 1, 1, S] is True where there
-        is a real token.
-        """
+        """What each x [B, T, D] gathers from v by k [B, H, S, K]; mask [B, 1, 1, S] is True at real tokens."""
         q = self._heads(self.q(x))  # [B, H, T, K]
         by_hand = q.device.type == "cpu" and (q.dtype == torch.bfloat16 or q.shape[2] == 1)
         attend = plain_attention if by_hand else F.scaled_dot_product_attention

@@ -11,6 +11,7 @@ import lzma
 import math
 import statistics
 import unicodedata
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import trainer
+from data import out_of_memory
 from model import Fusion, generate
 from objectives import InputError, SpecialIds
 
@@ -62,7 +64,7 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
         with opener(path, "rt", encoding="utf-8", newline="\n") as file:
             for number, line in enumerate(file, 1):
                 yield number, line.rstrip("\r\n")
-    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
         raise InputError(f"{path}:{number + 1}: cannot be read ({error}); repair the file") from None
 
 
@@ -94,8 +96,9 @@ def read_slots(path: Path) -> Iterator[Item]:
     for number, line in lines(path):
         utterance, tags, intent = fields(path, number, line, 3)[:3]
         words, labels = utterance.split(" "), tags.split(" ")
-        if len(words) != len(labels):
-            raise InputError(f"{path}:{number}: {len(words)} words but {len(labels)} tags; mend the line")
+        if len(words) != len(labels) or not all(words + labels):
+            counts = f"{len(words)} words and {len(labels)} tags"
+            raise InputError(f"{path}:{number}: {counts}, parted by single spaces; there must be a tag for each word")
         yield Item(words, labels, intent)
 
 
@@ -104,7 +107,7 @@ def read_nli(path: Path) -> Iterator[Item]:
     for number, line in lines(path):
         premise, hypothesis, label = fields(path, number, line, 3)[:3]
         if label not in NLI:
-            raise InputError(f"{path}:{number}: {label!r} is none of {', '.join(NLI)}")
+            raise InputError(f"{path}:{number}: {label!r} is none of {', '.join(NLI)}; mend the line")
         yield Item([premise, hypothesis], label=label)
 
 
@@ -123,6 +126,7 @@ def read_summ(path: Path) -> Iterator[Item]:
         try:
             row = json.loads(line)
             item = Item([row["source"] + ""], label=row["target"] + "")
+            (item.words[0] + item.label).encode()  # JSON can spell half a surrogate pair
         except (ValueError, KeyError, TypeError, RecursionError):
             raise InputError(f'{path}:{number}: not an object with texts "source" and "target"') from None
         yield item
@@ -145,7 +149,7 @@ def read_split(task: str, folder: Path, language: str, split: str) -> list[Item]
         raise InputError(f"{folder / language}: no {split} file in it; add one or leave the language out")
     items = [item for path in files for item in READERS[task](path)]
     if not items:
-        raise InputError(f"{files[0]}: nothing in it")
+        raise InputError(f"{files[0]}: nothing in it; leave the language out")
     return items
 
 
@@ -399,7 +403,7 @@ def predict_texts(
                     model, src, mask, bos=ids.bos, eos=ids.eos, pad=ids.pad, max_new=max_new, beams=beams
                 ).tolist()
             except (MemoryError, RuntimeError) as error:
-                if n == 1 or "memory" not in str(error).lower():
+                if n == 1 or not out_of_memory(error):
                     raise
                 n //= 2
                 continue

@@ -1,14 +1,19 @@
 """The documented commands as a new user runs them: a copy of the repository, processes of their own."""
 
 import ast
+import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT
+
+import data
 
 LANGUAGES = ["ar", "de", "en", "es", "fr", "hi", "it", "ja", "mr", "pt", "ta", "te"]
 
@@ -77,6 +82,35 @@ def test_mistakes_end_with_status_2_and_no_traceback(checkout, line, complaint):
     assert done.returncode == 2 and complaint in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr + done.stdout
     assert not (checkout / "mistake.pt").exists()
+
+
+@pytest.mark.parametrize("ask", [torch.empty, np.empty], ids=["torch", "numpy"])
+def test_too_little_memory_is_one_line(ask, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        data.run_command(lambda: ask(1 << 58))
+    assert re.fullmatch(r"[^\n]*: out of memory \([^\n]*\); smaller micro-batches [^\n]*\n", capsys.readouterr().err)
+
+
+def test_other_faults_of_memory_keep_their_traceback():
+    def main() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        data.run_command(main)
+
+
+def test_a_folder_that_may_not_be_read_is_one_line(tmp_path, capsys):
+    (tmp_path / "text").mkdir(mode=0)
+    root = os.geteuid() == 0  # whom no mode keeps out
+    try:
+        if root:
+            os.seteuid(65534)
+        with pytest.raises(SystemExit, match="2"):
+            data.run_command(lambda: data.find_text(tmp_path / "text"))
+    finally:
+        if root:
+            os.seteuid(0)
+    assert re.fullmatch(r"/\S+: permission denied; [^\n]*\n", capsys.readouterr().err)
 
 
 def test_the_embedded_corpus():

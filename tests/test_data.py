@@ -34,7 +34,7 @@ def test_a_line_separator_inside_a_line_is_kept(tmp_path):
     assert [data.text_lines(text) for text in documents(path)] == [["one\u2028two\x0bthree"]]
 
 
-@pytest.mark.parametrize("name", ["x.jsonl", "x.json.gz", "x.jsonl.xz", "x.json"])
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json.gz", "x.jsonl.xz", "x.json", "x.txt.jsonl", "x.txt.json.gz"])
 def test_json_lines_of_every_packing(tmp_path, name):
     """The layout of the mC4 release: an object a line with text, timestamp and url."""
     path = tmp_path / name
@@ -132,9 +132,12 @@ def test_the_tokenizer_is_reproducible_and_balanced(text_dir):
     assert all(4500 < size <= 5000 for size in sizes.values())
 
 
-@pytest.mark.parametrize("vocab_size", [0, 200, 10**6])
-def test_an_impossible_vocabulary_is_refused(text_dir, tmp_path, vocab_size):
-    with pytest.raises(InputError, match=f"--vocab-size {vocab_size} does not fit"):
+@pytest.mark.parametrize(
+    "vocab_size, complaint",
+    [(0, "it must be from 400"), (399, "it must be from 400"), (10**6, "does not fit"), (10**10, "to 2,000,000")],
+)
+def test_an_impossible_vocabulary_is_refused(text_dir, tmp_path, vocab_size, complaint):
+    with pytest.raises(InputError, match=f"--vocab-size {vocab_size}:? .*{complaint}"):
         prepare(text_dir, tmp_path / "out", vocab_size)
     assert not any((tmp_path / "out").iterdir())
 
@@ -199,7 +202,7 @@ def test_parts_of_several_machines_are_the_same_data(text_dir, data_dir, tmp_pat
         out = tmp_path / f"out{n}"
         for i in reversed(range(1, n + 1)):
             part = prepare(tmp_path / "text", out, 0, data_dir / "tokenizer.model", 0.2, part=(i, n))
-            data.print_table(part, 0.5)
+            data.print_table(part)
             if i > 1:
                 with pytest.raises(InputError, match=rf"no meta\.1of{n}\.json"):
                     TokenData(out, 16)
@@ -220,6 +223,10 @@ def test_parts_of_several_machines_are_the_same_data(text_dir, data_dir, tmp_pat
     shutil.copy(tmp_path / "other" / "meta.1of3.json", tmp_path / "out3")
     with pytest.raises(InputError, match=r"meta\.2of3\.json: its part has .*0\.2.*, others not"):
         TokenData(tmp_path / "out3", 16)
+    (tmp_path / "another.model").write_bytes(data.train_tokenizer(find_text(text_dir), 900, seed=0))
+    with pytest.raises(InputError, match="other/tokenizer.model: another part's, not that of --tokenizer"):
+        prepare(tmp_path / "text", tmp_path / "other", 0, tmp_path / "another.model", 0.4, part=(2, 3))
+    assert (tmp_path / "other" / "tokenizer.model").read_bytes() == (data_dir / "tokenizer.model").read_bytes()
 
 
 def test_the_split_follows_the_text_not_its_place(text_dir, data_dir, tmp_path):
@@ -234,7 +241,7 @@ def test_the_split_follows_the_text_not_its_place(text_dir, data_dir, tmp_path):
 
 def test_the_table(data_dir, capsys):
     meta = json.loads((data_dir / "meta.json").read_text())
-    data.print_table(meta, 0.5)
+    data.print_table(meta)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["language", "de", "en", "hi"]
     assert lines[2].split()[1] == "15" and 99 < sum(float(line.split()[-1][:-1]) for line in lines[1:]) < 101
@@ -347,7 +354,6 @@ def test_a_row_depends_on_seed_and_index_alone(data_dir):
         (["blank", "out"], "no text"),
         (["text", "full"], "full: exists and is not an empty folder"),
         (["text", "out", "--valid-fraction", "1"], "--valid-fraction 1.0"),
-        (["text", "out", "--alpha", "nan"], "--alpha nan: it must be in [0, 1]"),
         (["text", "out", "--seed", "-1"], "--seed -1: it must be from 0"),
         (["text", "full/precious/out"], "full/precious/out: cannot be read or made (Not a directory)"),
         (["text", "out", "--tokenizer", "nowhere"], "nowhere: cannot be read (No such file"),

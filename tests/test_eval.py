@@ -129,6 +129,14 @@ def test_generate_rebuilds_what_it_was_taught(command, data_dir, tmp_path, capsy
         assert capsys.readouterr().out.strip() == "the bread is warm |"
 
 
+def test_a_diverged_model_has_a_loss_still(command, checkpoints, capsys):
+    checkpoint = torch.load(checkpoints / "enc.pt", weights_only=True)
+    checkpoint["weights"]["head_bias"] = torch.linspace(0, 3e4, len(checkpoint["weights"]["head_bias"]))
+    torch.save(checkpoint, checkpoints / "diverged.pt")
+    command(evaluation, "diverged.pt", "--task", "loss")
+    assert re.search(r"^en +\d+ +\d{4,}\.\d+ +inf ", capsys.readouterr().out, re.M)
+
+
 def test_without_a_task_it_shows_losses_and_samples(command, checkpoints, capsys):
     for name in ("enc.pt", "seq2seq.pt"):
         capsys.readouterr()
@@ -153,6 +161,7 @@ def test_without_a_task_it_shows_losses_and_samples(command, checkpoints, capsys
         (["enc.pt", "--task", "fusion"], "of kind 'encoder', not seq2seq"),
         (["seq2seq.pt", "--task", "fusion"], "seq2seq.pt: trained without --fusion"),
         (["enc.pt", "--task", "fill", "<mask> " * 40], "the model 32 positions; shorten it"),
+        (["enc.pt", "--task", "fill", "caf\udce9 <mask>"], "not UTF-8; convert the sentence"),
         (["enc.pt", "--langs", "xx"], "--langs xx: not in the data, which has de en hi"),
         (["enc.pt", "--data", "nowhere"], "nowhere: no meta.json"),
         (["seq2seq.pt", "--beams", "0"], "--beams 0"),

@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 import random
@@ -373,6 +374,9 @@ def test_a_run_that_learned_nothing_is_told(command, checkpoints, folder, capsys
     assert "warning: seed 0 collapsed to chance: dev" in capsys.readouterr().out
 
 
+NO_GZIP = gzip.compress(b"a")[:10] + b"\xff" * 20  # a sound header before what is none of its blocks
+
+
 @pytest.mark.parametrize(
     "arguments, damage, complaint",
     [
@@ -384,7 +388,9 @@ def test_a_run_that_learned_nothing_is_told(command, checkpoints, folder, capsys
         (["--task", "pos", "--data", "pos"], ("pos/de/test.conllu", ""), "pos/de/test.conllu: nothing in it"),
         (["--task", "pos", "--data", "pos"], ("pos/de/test.conllu", "1\tx\t_\n"), "pos/de/test.conllu:1: 4 columns"),
         (["--task", "ner", "--data", "ner"], ("ner/de/test.bio", "a\tO\nb\n"), "ner/de/test.bio:2: 2 columns"),
-        (["--task", "slots", "--data", "slots"], ("slots/de/test.tsv", "a b\tO\ti\n"), "tsv:1: 2 words but 1 tags"),
+        (["--task", "slots", "--data", "slots"], ("slots/de/test.tsv", "a b\tO\ti\n"), "tsv:1: 2 words and 1 tags"),
+        (["--task", "slots", "--data", "slots"], ("slots/de/test.tsv", "a  b\tO  O\ti\n"), "tsv:1: 3 words and 3 tags"),
+        (["--task", "pos", "--data", "pos"], ("pos/de/test.gz", NO_GZIP), "test.gz:1: cannot be read"),
         (["--task", "nli", "--data", "nli"], ("nli/de/test.tsv", "a\tb\tmaybe\n"), "test.tsv:1: 'maybe' is none of"),
         (["--task", "nli", "--data", "nli"], ("nli/de/test.tsv", b"a\tb\xff\tc\n"), "test.tsv:1: cannot be read"),
         (["--task", "parse", "--data", "parse"], None, "enc.pt: a checkpoint of kind 'encoder', not seq2seq"),
@@ -397,12 +403,19 @@ def test_a_run_that_learned_nothing_is_told(command, checkpoints, folder, capsys
 def test_bad_input(command, checkpoints, folder, arguments, damage, complaint):
     if damage:
         path, content = folder / damage[0], damage[1]
-        path.unlink()
+        path.unlink(missing_ok=True)
         if content is not None:
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError) as raised:
         command(evaluation, "enc.pt", *arguments)
     assert complaint in str(raised.value)
+
+
+def test_half_a_surrogate_pair_in_a_summary(tmp_path):
+    path = tmp_path / "test.jsonl"
+    path.write_text('{"source": "a", "target": "b"}\n{"source": "a", "target": "\\ud800"}\n')
+    with pytest.raises(InputError, match=r"test\.jsonl:2: not an object with texts"):
+        list(tasks.READERS["summ"](path))
 
 
 @pytest.mark.parametrize("tree", ["[IN:A b", "b ]", "[IN:A ] ]"])
