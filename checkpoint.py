@@ -10,6 +10,7 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -20,6 +21,13 @@ from model import MaskedLM, ModelConfig, Seq2Seq
 from objectives import InputError
 
 MODELS = {"encoder": MaskedLM, "seq2seq": Seq2Seq}
+
+
+def as_checkpoint(
+    kind: str, cfg: ModelConfig, weights: dict[str, Tensor], tokenizer: bytes, history: list[dict]
+) -> dict:
+    """What a checkpoint to hand on holds."""
+    return dict(kind=kind, config=asdict(cfg), weights=weights, tokenizer=tokenizer, history=history)
 
 
 def _map(content: object, f: Callable[[Tensor], object]) -> object:
@@ -91,13 +99,13 @@ def load_checkpoint(path: Path, *kinds: str) -> dict:
     except Exception as error:  # torch raises many kinds for a damaged file
         unsafe = "weights_only" in str(error).lower() or "unsupported" in str(error).lower()
         reason = "it holds more than tensors and plain values" if unsafe else "damaged or not a checkpoint"
-        raise InputError(f"{path}: refused, {reason}") from None
+        raise InputError(f"{path}: refused, {reason}; fetch or make it anew") from None
     if not isinstance(checkpoint, dict) or not {"kind", "config", "weights", "tokenizer", "history"} <= set(checkpoint):
-        raise InputError(f"{path}: not a checkpoint of this project")
+        raise InputError(f"{path}: not a checkpoint of this project; train_encoder.py writes one")
     if kinds and checkpoint["kind"] not in kinds:
         remedy = "take its encoder out with extract.py" if "encoder" in kinds else "train one with train_seq2seq.py"
         raise InputError(f"{path}: a checkpoint of kind {checkpoint['kind']!r}, not {' or '.join(kinds)}; {remedy}")
-    _check_content(path, checkpoint)
+    check_content(path, checkpoint)
     return checkpoint
 
 
@@ -116,11 +124,14 @@ def _check_archive(path: Path) -> None:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except Exception:  # zipfile raises many kinds for a damaged file
-        raise InputError(f"{path}: refused, damaged or not a checkpoint") from None
+        raise InputError(f"{path}: refused, damaged or not a checkpoint; fetch or make it anew") from None
 
 
-def _check_content(path: Path, checkpoint: dict) -> None:
-    """Config, weights, tokenizer and history against each other, before anything is built as large as they claim."""
+def check_content(path: Path, checkpoint: dict) -> None:
+    """Config, weights, tokenizer and history against each other, before anything is built as large as they claim.
+
+    Raises InputError, naming `path`.
+    """
     try:
         weights, cfg = checkpoint["weights"], ModelConfig(**checkpoint["config"])
         _map(checkpoint, _check_tensor)
@@ -144,9 +155,9 @@ def _check_content(path: Path, checkpoint: dict) -> None:
             raise ValueError(f"{n_pieces} pieces for {cfg.vocab_size} embeddings")
     except InputError:
         raise
-    except (ArithmeticError, AttributeError, KeyError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise InputError(f"{path}: its parts do not fit each other ({reason})") from None
+        raise InputError(f"{path}: its parts do not fit each other ({reason}); make it anew") from None
 
 
 def _check_tensor(x: Tensor) -> None:

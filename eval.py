@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import tasks
 import trainer
 from checkpoint import load_checkpoint, load_model
-from data import HERE, SAMPLE_DATA, TokenData, load_tokenizer, rank, run_command
+from data import HERE, TokenData, load_tokenizer, rank, run_command
 from model import PRESETS, ModelConfig, generate
 from objectives import VALID_NOISE, InputError, SpecialIds, sample_rng
 from report import report
@@ -140,9 +140,9 @@ def print_fusion(model: nn.Module, data: TokenData, languages: list[str], object
     print("language  " + " ".join(f"layer {k + 1:2}" for k in range(model.cfg.n_encoder_layers)))
     for language in languages:
         batch = trainer.collate(trainer.valid_examples(data, language, objective, at_most=64), data.ids.pad)
-        src, mask = batch["src"].to(trainer.device()), batch.get("src_mask")
-        weights = model.encoder(model.embed(src), None if mask is None else mask.to(src.device), model.fusion.weights)
-        real = torch.ones_like(src, dtype=torch.bool) if mask is None else mask.to(src.device)
+        src, mask = batch["src"], batch.get("src_mask")
+        weights = model.encoder(model.embed(src), mask, model.fusion.weights)  # [layers, B, S]
+        real = torch.ones_like(src, dtype=torch.bool) if mask is None else mask  # [B, S]
         print(f"{language:8}  " + " ".join(f"{p:8.3f}" for p in weights[:, real].mean(1).tolist()))
 
 
@@ -177,7 +177,10 @@ def print_cost(paths: list[Path]) -> None:
         ids, first = SpecialIds(checkpoint["config"]["vocab_size"]), history[0]
         config = ModelConfig.__dataclass_fields__.keys() & stages["seq2seq"]["settings"].keys()
         config = {name: stages["seq2seq"]["settings"][name] for name in config}
-        per_update = {x: scratch_flops(x, config, stages[x]["settings"], ids) for x in ("encoder", "seq2seq")}
+        try:
+            per_update = {x: scratch_flops(x, config, stages[x]["settings"], ids) for x in ("encoder", "seq2seq")}
+        except (KeyError, TypeError) as missing:
+            raise InputError(f"{path}: its history lacks {missing}; only our training scripts' can be priced") from None
         both = first["steps"] * sum(per_update.values())
         saved = 1 - total["flops"] / both if both else 0.0
         print(f"  both from scratch at {first['steps']:,} updates each: {both:.3g} FLOPs; saved {saved:.1%}\n")
@@ -208,7 +211,7 @@ def print_paper_saving() -> None:
 def settings_of(checkpoint: dict) -> dict:
     """The settings that a checkpoint was trained with, a later stage's before an earlier one's."""
     # a model from elsewhere has no history, an extracted encoder a last stage without settings
-    settings = {"data": str(SAMPLE_DATA), "dtype": "fp32", "seq_len": checkpoint["config"]["max_len"]}
+    settings = {"data": trainer.SAMPLE, "dtype": "fp32", "seq_len": checkpoint["config"]["max_len"]}
     for stage in checkpoint["history"]:
         settings |= stage["settings"]
     return settings
@@ -322,7 +325,7 @@ def main() -> None:
         print(show(tokenizer, ids, rebuild(model, ids, encode_sentence(tokenizer, ids, args.more[0]), args.beams)))
         return
     settings = settings_of(checkpoint)
-    data = trainer.open_data(args.data or Path(settings["data"]), settings["seq_len"])
+    data = trainer.open_data(str(args.data or settings["data"]), settings["seq_len"])
     if data.tokenizer_model != checkpoint["tokenizer"]:
         folder = args.data or settings["data"]
         raise InputError(f"{folder}: its tokenizer is not that of {args.checkpoint}; prepare it with --tokenizer")

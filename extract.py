@@ -15,13 +15,14 @@ Both families are Pre-LN with learned positions and no LayerNorm on the embeddin
 
 import argparse
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
-from checkpoint import load_model, save_checkpoint, warm_start
+from checkpoint import as_checkpoint, check_content, load_model, save_checkpoint, warm_start
 from data import load_tokenizer, read_tokenizer, run_command
 from model import MaskedLM, ModelConfig, Seq2Seq
 from objectives import InputError, SpecialIds
@@ -78,7 +79,7 @@ def extract(seq2seq: Seq2Seq, source: Path) -> MaskedLM:
 # transformers ------------------------------------------------------------------------------------------------------
 
 
-def _transformers():
+def _transformers() -> ModuleType:
     try:
         import transformers
     except ImportError:
@@ -93,7 +94,7 @@ def _hf_names(kind: str, name: str) -> list[str]:
     return [name.replace("KV", part) for part in KV[kind]] if "KV" in name else [name]
 
 
-def hf_config(cfg: ModelConfig, ids: SpecialIds):
+def hf_config(cfg: ModelConfig, ids: SpecialIds) -> object:
     """Their configuration (a PretrainedConfig) of our model."""
     common = dict(pad_token_id=ids.pad, bos_token_id=ids.bos, eos_token_id=ids.eos, tie_word_embeddings=True)
     if cfg.n_decoder_layers == 0:
@@ -133,8 +134,8 @@ def hf_config(cfg: ModelConfig, ids: SpecialIds):
     )
 
 
-def hf_tokenizer(model: bytes, max_len: int):
-    """A fast tokenizer with our ids and a closing </s>, for a line of text that does not begin with a space.
+def hf_tokenizer(model: bytes, max_len: int) -> object:
+    """A PreTrainedTokenizerFast with our ids and a closing </s>, for a line of text that does not begin with a space.
 
     As everywhere in transformers, text that spells a special token becomes that token.
     """
@@ -169,7 +170,7 @@ def hf_tokenizer(model: bytes, max_len: int):
     )
 
 
-def hf_model(model: nn.Module):
+def hf_model(model: nn.Module) -> nn.Module:
     """The same model, of the same tensors, as transformers has it."""
     hf, kind, cfg = _transformers(), "seq2seq" if hasattr(model, "decoder") else "encoder", model.cfg
     make = hf.XLMRobertaXLForMaskedLM if kind == "encoder" else hf.BlenderbotForConditionalGeneration
@@ -233,7 +234,10 @@ def from_hf(folder: Path) -> dict:
     vocab_size = load_tokenizer(tokenizer, folder / "tokenizer.model").vocab_size()
     if config.vocab_size != vocab_size:
         raise InputError(f"{folder}: {config.vocab_size} embeddings, but {vocab_size} pieces in its tokenizer.model")
-    cfg = ModelConfig(vocab_size, **shape)
+    try:
+        cfg = ModelConfig(vocab_size, **shape)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{folder / 'config.json'}: not a shape that our models have: {error}") from None
     for name, value in hf_config(cfg, SpecialIds(vocab_size)).to_diff_dict().items():
         if name not in ("transformers_version", "architectures", "dtype") and getattr(config, name, None) != value:
             raise InputError(f"{folder}: its {name} is {getattr(config, name, None)}, our models have {value}")
@@ -246,17 +250,16 @@ def from_hf(folder: Path) -> dict:
         raise InputError(f"{folder}: {len(off)} tensors are missing or too many, {off[0]} is the first")
     theirs = model.state_dict()
     if kind == "encoder":
-        types = theirs["roberta.embeddings.token_type_embeddings.weight"][
-            0
-        ]  # [D], added to every token: to its position
+        types = theirs["roberta.embeddings.token_type_embeddings.weight"]  # [1, D], added at every position
         theirs[POSITIONS] = theirs[POSITIONS][1:] + types
     elif theirs["final_logits_bias"].any():
         raise InputError(f"{folder}: its final_logits_bias is not 0, which our models do not have")
     with torch.device("meta"):
         names = (MaskedLM if kind == "encoder" else Seq2Seq)(cfg).state_dict()
     weights = {name: torch.cat([theirs[x] for x in _hf_names(kind, name)]) for name in names}
-    content = {"kind": kind, "config": asdict(cfg), "weights": weights, "tokenizer": tokenizer}
-    return content | {"history": getattr(config, "history", [])}
+    content = as_checkpoint(kind, cfg, weights, tokenizer, getattr(config, "history", []))
+    check_content(folder, content)
+    return content
 
 
 def main() -> None:
@@ -277,23 +280,24 @@ def main() -> None:
     if args.from_hf:
         save_checkpoint(args.out, from_hf(args.from_hf))
         return
-    if args.to_hf and args.to_hf.exists():
-        raise InputError(f"{args.to_hf}: exists; give another folder")
+    part = args.to_hf and args.to_hf.with_name(args.to_hf.name + ".part")
+    for folder in (args.to_hf, part):
+        if folder and folder.exists():
+            raise InputError(f"{folder}: exists; remove it or give another folder")
     model, checkpoint = load_model(args.checkpoint, *([] if args.to_hf else ["seq2seq"]))
     if args.to_hf:
         if model.cfg.fusion:
             remedy = f"export its encoder: extract.py {args.checkpoint} --out enc.pt"
             raise InputError(f"{args.checkpoint}: no model of transformers has attention fusion; {remedy}")
-        part = args.to_hf.with_name(args.to_hf.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
         to_hf(model, checkpoint, part)
         part.rename(args.to_hf)
         return
     encoder = extract(model, args.checkpoint)
     stage = {"stage": "extract", "steps": 0, "tokens": 0, "flops": 0.0, "seconds": 0.0, "settings": {}}
-    content = {"kind": "encoder", "config": asdict(encoder.cfg), "weights": encoder.state_dict()}
-    content |= {"tokenizer": checkpoint["tokenizer"], "history": checkpoint["history"] + [stage]}
-    save_checkpoint(args.out, content)
+    history = checkpoint["history"] + [stage]
+    save_checkpoint(
+        args.out, as_checkpoint("encoder", encoder.cfg, encoder.state_dict(), checkpoint["tokenizer"], history)
+    )
 
 
 if __name__ == "__main__":

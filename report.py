@@ -6,11 +6,13 @@ A model is known by its checkpoint's file name: results of two files of one name
 """
 
 import json
+import os
 import statistics
 from pathlib import Path
 
 from objectives import InputError
 from tasks import GENERATION, METRICS, lines, mean_sd
+from trainer import read_metrics
 
 ROWS = ["roberta-12e", "bart-12e12d", "bart-12e12d-mask", "bart-12e2d", "bart-12e2d-mask", "bart-12e1d-mask"]
 ROWS += [f"{row}+mlm" for row in ROWS[1:]]
@@ -27,7 +29,8 @@ def read_results(paths: list[Path]) -> list[dict]:
                 row["flops"] = sum(stage["flops"] for stage in row["history"])
                 row["row"], row["run"] = Path(row["checkpoint"]).stem, f"{path}:{row['checkpoint']}:{row.get('seed')}"
                 row["main"] = row["loss"] if row["task"] == "loss" else row["scores"][METRICS[row["task"]][0]]
-                results.append(row | {"language": row["language"], "kind": row["kind"]})
+                needed = ("language", "kind") + (() if row["task"] == "loss" else ("train_lang",))
+                results.append(row | {"path": path} | {name: row[name] for name in needed})
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise InputError(f"{path}:{number}: not a result of eval.py; remove the line") from None
     if not results:
@@ -107,7 +110,9 @@ def sweep(results: list[dict]) -> dict[float, dict[str, list[dict]]]:
     rows, seeds = [], {}
     for r in results:
         if r["task"] in ("loss", *GENERATION) and (r["row"] in SWEEP or r["row"].startswith(SWEEP[-1])):
-            settings = r["history"][-1]["settings"]
+            settings = r["history"][-1]["settings"] if r["history"] else {}
+            if not {"unfreeze_at", "seed"} <= settings.keys():
+                continue  # of that name, but none of our training scripts'
             rows.append((settings["unfreeze_at"], settings["seed"], r))
             if r["task"] == "loss":
                 seeds.setdefault(settings["unfreeze_at"], set()).add(settings["seed"])
@@ -117,6 +122,11 @@ def sweep(results: list[dict]) -> dict[float, dict[str, list[dict]]]:
         if at in points and seed in shared:
             points[at].setdefault(r["task"], []).append(r)
     return points
+
+
+def seeds_of(points: dict[float, dict[str, list[dict]]]) -> set[int]:
+    """The seeds of pre-training that a sweep is of."""
+    return {r["history"][-1]["settings"]["seed"] for by_task in points.values() for r in by_task["loss"]}
 
 
 def sweep_table(results: list[dict], points: dict[float, dict[str, list[dict]]]) -> str:
@@ -133,35 +143,38 @@ def sweep_table(results: list[dict], points: dict[float, dict[str, list[dict]]])
     return "\n".join(out) + "\n"
 
 
-def report(paths: list[Path], out: Path) -> None:
-    """Writes tables.md and, where matplotlib is installed, figures of scores and losses against compute."""
-    results = read_results(paths)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be made ({error.strerror}); name another --report") from None
+def tables(results: list[dict]) -> str:
+    """Markdown: the paper's two tables, held-out losses by language, the sweep of --unfreeze-at; of what is there."""
     text = ""
     for kind, names in (("encoder", [task for task in METRICS if task not in GENERATION]), ("seq2seq", [*GENERATION])):
         if any(r["task"] in names or (r["task"] == "loss" and r["kind"] == kind) for r in results):
-            text += (
-                f"# {'Encoder' if kind == 'encoder' else 'Generation'} tasks\n\n{task_table(results, kind, names)}\n"
-            )
+            title = "Encoder" if kind == "encoder" else "Generation"
+            text += f"# {title} tasks\n\n{task_table(results, kind, names)}\n"
         if table := loss_table(results, kind):
             text += f"Held-out losses:\n\n{table}\n"
-    text += (
-        "Mean ± standard deviation over the runs; scores in percent, FLOPs of the whole history. `pair saved`: of the\n"
-    )
-    text += "FLOPs of `roberta-12e` and `bart-12e12d`, where a history has both models in it.\n"
+    text += "Mean ± standard deviation over the runs; scores in percent, FLOPs of the whole history. `pair saved`: of "
+    text += "the\nFLOPs of `roberta-12e` and `bart-12e12d`, where a history has both models in it.\n"
     if len(points := sweep(results)) > 1:
-        text += f"\n# When to unfreeze\n\n{sweep_table(results, points)}"
-    (out / "tables.md").write_text(text, "utf-8")
+        seeds = " and ".join(map(str, sorted(seeds_of(points))))
+        text += f"\n# When to unfreeze (seed {seeds} of pre-training)\n\n{sweep_table(results, points)}"
+    return text
+
+
+def report(paths: list[Path], out: Path) -> None:
+    """Writes tables.md and, where matplotlib is installed, figures, in place of those of an earlier report.
+
+    Raises InputError where it cannot.
+    """
+    results = read_results(paths)
     try:
-        import matplotlib.figure  # noqa: F401
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "tables.md").write_text(tables(results), "utf-8")
+        figures = [plot_scores(results, out), plot_losses(results, out), plot_sweep(results, out)]
+        print(f"{out}: {', '.join(['tables.md', *filter(None, figures)])}")
     except ImportError:
         print(f"{out / 'tables.md'} written; for figures: pip install matplotlib")
-        return
-    figures = [plot_scores(results, out), plot_losses(paths, results, out), plot_sweep(results, points, out)]
-    print(f"{out}: {', '.join(['tables.md', *filter(None, figures)])}")
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror}); name another --report") from None
 
 
 def plot_scores(results: list[dict], out: Path) -> str:
@@ -188,41 +201,50 @@ def plot_scores(results: list[dict], out: Path) -> str:
     return "score-against-compute.png"
 
 
-def plot_losses(paths: list[Path], results: list[dict], out: Path) -> str:
-    """A curve for each run whose folder is beside the results, encoders apart from seq2seq models: their losses are of
-    other objectives. The name of the figure, "" where there is none.
+def curves(results: list[dict]) -> dict[str, dict[str, list[dict]]]:
+    """Kind of model -> run -> its held-out losses, of every run whose folder is where the results say.
+
+    A run that is not in the folder of the first result has its own folder's name before its own.
+    """
+    found: dict[str, dict[str, list[dict]]] = {}
+    first = results[0]["path"].parent
+    for r in results:
+        run = os.path.relpath(r["path"].parent / Path(r["checkpoint"]).with_suffix(""), first)
+        log = first / f"{run}.run" / "metrics.jsonl"
+        if log.exists() and (held_out := [row for row in read_metrics(log) if "mean" in row]):
+            found.setdefault(r["kind"], {})[run.removeprefix("../")] = held_out
+    return found
+
+
+def plot_losses(results: list[dict], out: Path) -> str:
+    """A panel of curves for each kind of model, since their losses are of other objectives. The name of the figure, ""
+    where there is none.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    curves: dict[str, dict[str, list[dict]]] = {}
-    for name, kind in dict.fromkeys((r["checkpoint"], r["kind"]) for r in results):
-        for log in (path.parent / Path(name).with_suffix(".run") / "metrics.jsonl" for path in paths):
-            held_out = [row for _, line in lines(log) if "mean" in (row := json.loads(line))] if log.exists() else []
-            if held_out:
-                curves.setdefault(kind, {})[name.removeprefix("../").removesuffix(".pt")] = held_out
-                break
-    if not curves:
+    by_kind = curves(results)
+    if not by_kind:
         return ""
-    figure = Figure(figsize=(5.5 * len(curves), 4), layout="constrained")
-    panels = figure.subplots(1, len(curves), squeeze=False)
-    for axes, (kind, runs) in zip(panels[0], sorted(curves.items())):
+    figure = Figure(figsize=(7 * len(by_kind), 4), layout="constrained")
+    panels = figure.subplots(1, len(by_kind), squeeze=False)
+    for axes, (kind, runs) in zip(panels[0], sorted(by_kind.items())):
         axes.set_prop_cycle(color=colormaps["tab20"].colors)
         for name, held_out in runs.items():
             axes.plot([x["step"] for x in held_out], [x["mean"] for x in held_out], ".-", label=name)
         axes.set(xlabel="updates", ylabel="held-out loss, nats", title=kind)
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(out / "loss-curves.png", dpi=120)
     return "loss-curves.png"
 
 
-def plot_sweep(results: list[dict], points: dict[float, dict[str, list[dict]]], out: Path) -> str:
+def plot_sweep(results: list[dict], out: Path) -> str:
     """Held-out loss, generation scores and compute against the point of unfreezing. Its name, "" for less than two
     points.
     """
     from matplotlib.figure import Figure
 
-    if len(points) < 2:
+    if len(points := sweep(results)) < 2:
         return ""
 
     def mean(of: list[dict]) -> float:
@@ -234,7 +256,8 @@ def plot_sweep(results: list[dict], points: dict[float, dict[str, list[dict]]], 
     for axes, task in zip(panels[0], tasks):
         means = {at: mean(by_task[task]) for at, by_task in points.items() if task in by_task}
         axes.plot(list(means), list(means.values()), "o-", label="two stages")
-        if scratch := [r for r in results if r["task"] == task and r["row"] == "bart-12e12d"]:
+        scratch = [r for r in results if r["task"] == task and r["row"] == "bart-12e12d" and r["history"]]
+        if scratch := [r for r in scratch if r["history"][-1]["settings"].get("seed") in seeds_of(points)]:
             axes.axhline(mean(scratch), linestyle="--", label="from scratch")
         label = "held-out loss, nats" if task == "loss" else f"{task}, {METRICS[task][0]}, %"
         axes.set(xlabel="--unfreeze-at", ylabel=label)

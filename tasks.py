@@ -397,10 +397,16 @@ def predict_texts(
     with tqdm(total=len(items), desc=bar, leave=False, disable=None) as progress:
         while order:
             batch = trainer.collate([examples[k] for k in order[:n]], ids.pad)
-            src, mask = (batch[x].to(trainer.device()) if x in batch else None for x in ("src", "src_mask"))
             try:
                 out = generate(
-                    model, src, mask, bos=ids.bos, eos=ids.eos, pad=ids.pad, max_new=max_new, beams=beams
+                    model,
+                    batch["src"],
+                    batch.get("src_mask"),
+                    bos=ids.bos,
+                    eos=ids.eos,
+                    pad=ids.pad,
+                    max_new=max_new,
+                    beams=beams,
                 ).tolist()
             except (MemoryError, RuntimeError) as error:
                 if n == 1 or not out_of_memory(error):
@@ -457,7 +463,7 @@ def finetune(
             if freeze:
                 trainer.freeze_encoder(model, True)
             for batch in batches(lengths, batch_size, rng):
-                with trainer._autocast(dtype):
+                with trainer.autocast(dtype):
                     value = loss(batch)
                 value.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -505,7 +511,7 @@ def finetuned(job: Job, body: nn.Module, lr: float, seed: int) -> tuple[float, P
         def loss(batch: list[int]) -> Tensor:
             chosen = [examples[i] for i in batch]
             tensors = trainer.collate(chosen, pad)
-            return model(**{k: x.to(trainer.device()) for k, x in tensors.items()}) / trainer.n_targets(chosen)
+            return model(**tensors) / trainer.n_targets(chosen)
 
         def predict(items: list[Item], name: str, beams: int = job.beams) -> list[Item]:
             return predict_texts(model, items, job.tokenizer, job.ids, beams, max_new, name)

@@ -8,12 +8,10 @@ torchrun train_encoder.py --init extracted.pt --out enc-mlm.pt   # continue an e
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 import trainer
-from checkpoint import warm_start
 from data import run_command
-from model import MaskedLM, flag
+from model import flag
 from objectives import InputError, SpecialIds, mask_tokens
 
 
@@ -41,12 +39,8 @@ def encoder_objective(ids: SpecialIds, cfg: MLMConfig) -> trainer.Objective:
 def main() -> None:
     run = trainer.start(__doc__, "encoder", MLMConfig)
     if round(run.train.seq_len * run.own.mask_prob) < 1:
-        raise InputError(f"--mask-prob {run.own.mask_prob} of --seq-len {run.train.seq_len} masks nothing")
-    torch.manual_seed(run.train.seed)
-    model = MaskedLM(run.model)
-    if run.init:
-        warm_start(model, run.settings["init"], run.init["weights"])
-    trainer.fit(run, model, encoder_objective(run.data.ids, run.own))
+        raise InputError(f"--mask-prob {run.own.mask_prob} of --seq-len {run.train.seq_len} masks nothing; raise it")
+    trainer.fit(run, trainer.new_model(run), encoder_objective(run.data.ids, run.own))
 
 
 if __name__ == "__main__":

@@ -8,14 +8,12 @@ import re
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 import trainer
-from checkpoint import warm_start
 from data import run_command
-from model import Decoder, ModelConfig, Seq2Seq, flag
-from objectives import InputError, SpecialIds, clm_row, noise_row
+from model import Decoder, ModelConfig, flag
+from objectives import InputError, OneProcessError, SpecialIds, clm_row, noise_row
 
 
 @dataclass(frozen=True)
@@ -42,13 +40,19 @@ class DenoiseConfig:
 
 
 def seq2seq_objective(ids: SpecialIds, cfg: DenoiseConfig) -> trainer.Objective:
-    """A row [L] -> source [S], decoder input [T] (the target behind <s>) and target [T] of Seq2Seq."""
+    """A row [L] -> source [S], decoder input [T] (the target behind <s>) and target [T] of Seq2Seq.
+
+    It raises OneProcessError for a target longer than the row, which sentinels of many short spans can make.
+    """
 
     def objective(tokens: np.ndarray, rng: np.random.Generator) -> trainer.Example:
         if cfg.clm_fraction and rng.random() < cfg.clm_fraction:
             src, tgt_out = clm_row(tokens, rng, ids)
         else:
             src, tgt_out = noise_row(tokens, rng, ids, cfg.noise, cfg.noise_density, cfg.mean_span)
+        if len(tgt_out) > len(tokens):
+            asked = f"--noise-density {cfg.noise_density} --mean-span {cfg.mean_span}"
+            raise OneProcessError(f"{asked}: a target of {len(tgt_out)} tokens for a row of {len(tokens)}; fewer spans")
         return {"src": src, "tgt_in": np.concatenate([[ids.bos], tgt_out[:-1]]), "tgt_out": tgt_out}
 
     return objective
@@ -78,15 +82,12 @@ def main() -> None:
             raise InputError(f"{name}: there is no trained encoder to work with; give one with --init")
     if run.model.n_decoder_layers < 1:
         raise InputError(f"--decoder-layers {run.model.n_decoder_layers}: it must be at least 1")
-    torch.manual_seed(run.train.seed)
-    model = Seq2Seq(run.model)
-    if run.init:
-        weights = run.init["weights"]
-        if own.init_decoder:
-            weights = weights | decoder_from_encoder(weights, run.model)
-        warm_start(model, run.settings["init"], weights)
+    if round(run.train.seq_len * own.noise_density) < 1:
+        raise InputError(f"--noise-density {own.noise_density} of --seq-len {run.train.seq_len} is no token; raise it")
+    if run.init and own.init_decoder:
+        run.init["weights"] |= decoder_from_encoder(run.init["weights"], run.model)
     objective = seq2seq_objective(run.data.ids, own)
-    trainer.fit(run, model, objective, frozen=lambda step: step < own.unfreeze_at * steps)
+    trainer.fit(run, trainer.new_model(run), objective, frozen=lambda step: step < own.unfreeze_at * steps)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import signal
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -35,21 +36,22 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from checkpoint import load_checkpoint, save_checkpoint
-from data import SAMPLE_DATA, SAMPLE_OPTIONS, SAMPLE_TEXT, TokenData, prepare, rank, say
+from checkpoint import MODELS, as_checkpoint, load_checkpoint, save_checkpoint, warm_start
+from data import SAMPLE_DATA, SAMPLE_OPTIONS, SAMPLE_TEXT, TokenData, prepare, rank, say, world
 from model import IGNORE, PRESETS, ModelConfig, flag
 from objectives import NOISE, VALID_NOISE, InputError, OneProcessError, sample_rng
 
 Example = dict[str, np.ndarray]  # arguments of the model's forward for one row, or for a batch of them
 Objective = Callable[[np.ndarray, np.random.Generator], Example]
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+SAMPLE = "sample/data"  # so named in checkpoints, which may outlive the folder that the code is in
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """How to train. Defaults suit the embedded corpus; paper, recalled: 1M tokens a batch, 500k updates, Adam, bf16."""
 
-    data: str = flag(str(SAMPLE_DATA), "data folder written by data.py")
+    data: str = flag(SAMPLE, "data folder written by data.py, or sample/data: the embedded corpus")
     steps: int = flag(150, "updates; 0 writes an initialised checkpoint")
     batch_size: int = flag(32, "rows an update, over all processes")
     micro_batch_size: int = flag(0, "rows at a time on one process, 0 for all of its share")
@@ -87,6 +89,8 @@ class TrainConfig:
         for name in ("warmup", "alpha"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be in [0, 1]")
+        if self.timeout > 10**7:
+            raise ValueError(f"timeout is {self.timeout}: it must be at most 10,000,000 seconds")
 
 
 # They change no result but by rounding, and with dropout by which units a row loses.
@@ -114,6 +118,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
+        """What the run keeps beside its result."""
         return self.out.with_suffix(".run")
 
     @property
@@ -184,7 +189,7 @@ def start(description: str, kind: str, own: type) -> Run:
     defaults = {f.name: f.default for config in configs for f in fields(config)}
     if out.suffix != ".pt":
         raise InputError(f"--out {out}: name it something.pt; what the run keeps goes to something.run")
-    _start_processes(flags.get("timeout", TrainConfig.timeout))
+    _start_processes(build(TrainConfig, flags).timeout)
     folder, init, state = out.with_suffix(".run"), None, None
     newest = max(saved(folder), default=folder)
     if resume:
@@ -194,9 +199,11 @@ def start(description: str, kind: str, own: type) -> Run:
         _check_state(newest, state)
         shape = {name: value for name, value in preset.items() if name != "dropout"}  # of --init it was that encoder's
         settings = defaults | _resumed(state["settings"], shape | flags, newest)
+        if out.exists() and state["spent"]["steps"] < settings["steps"]:
+            raise InputError(f"{out}: exists, and is not of this run, which has not come to its end; move it away")
     else:
         for path in (out, newest):
-            if path.is_file():
+            if path.exists() and path != folder:
                 raise InputError(f"{path}: exists; go on with --resume, or give another --out")
         if not out.parent.is_dir():
             raise InputError(f"{out.parent}: no such folder to write {out.name} to; create it")
@@ -208,7 +215,7 @@ def start(description: str, kind: str, own: type) -> Run:
         settings["lr"] = settings["lr"] or default_lr(settings["d_model"])
         settings["embed_lr"] = settings["embed_lr"] or 3 * settings["lr"]
     train = build(TrainConfig, settings)
-    data = open_data(Path(settings["data"]), settings["seq_len"], settings["seed"], settings["alpha"])
+    data = open_data(settings["data"], settings["seq_len"], settings["seed"], settings["alpha"])
     if state and state["data"] != data.fingerprint:
         raise InputError(f"{settings['data']}: not the data that {newest} was trained on; name that with --data")
     if init and init["tokenizer"] != data.tokenizer_model:
@@ -256,21 +263,36 @@ def _shape(preset: dict, init: dict | None, flags: dict) -> dict:
     return {"n_decoder_layers": shape["n_encoder_layers"]} | preset | shape | {"seq_len": shape["max_len"]}
 
 
-def open_data(folder: Path, seq_len: int, seed: int = 0, alpha: float = 0.5) -> TokenData:
-    """TokenData of a folder; that of the embedded corpus is made on first use."""
+def open_data(name: str, seq_len: int, seed: int = 0, alpha: float = 0.5) -> TokenData:
+    """TokenData of a folder. That of the embedded corpus is made on first use; InputError where it cannot be."""
+    folder = SAMPLE_DATA if name == SAMPLE else Path(name)
     if folder == SAMPLE_DATA and not (folder / "meta.json").exists():
         if rank() == 0:
-            prepare(SAMPLE_TEXT, folder, **SAMPLE_OPTIONS)
+            try:  # elsewhere first: the folder is there whole or not at all, whoever else makes it meanwhile
+                with tempfile.TemporaryDirectory(prefix="data.", dir=folder.parent) as new:
+                    prepare(SAMPLE_TEXT, Path(new) / "data", **SAMPLE_OPTIONS)
+                    (Path(new) / "data").rename(folder)
+            except OSError as error:
+                if not (folder / "meta.json").exists():
+                    raise InputError(f"{folder}: cannot be made ({error.strerror}); remove it, or use --data") from None
         if dist.is_initialized():
             dist.barrier()
     return TokenData(folder, seq_len, seed, alpha)
 
 
+def new_model(run: Run) -> nn.Module:
+    """The run's model with initial weights, from its seed and, with --init, from that checkpoint, which it lets go.
+
+    Raises InputError where the checkpoint's weights do not fit.
+    """
+    torch.manual_seed(run.train.seed)
+    model = MODELS[run.kind](run.model)
+    if run.init:
+        warm_start(model, run.settings["init"], run.init.pop("weights"))
+    return model
+
+
 # Processes ---------------------------------------------------------------------------------------------------------
-
-
-def _world() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def device() -> torch.device:
@@ -294,7 +316,7 @@ def keep_memory() -> None:
 def _start_processes(timeout: int) -> None:
     """Joins the process group that torchrun describes in the environment; alone, there is none."""
     keep_memory()
-    if _world() > 1 and not dist.is_initialized():
+    if world() > 1 and not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     if torch.cuda.is_available():
@@ -308,13 +330,19 @@ def _shard(model: nn.Module, dtype: str) -> None:
     """
     bf16 = torch.bfloat16 if dtype == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in _blocks(model):
+    for block in blocks(model):
         fully_shard(block, mp_policy=policy)
     fully_shard(model, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False))
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    return [block for stack in model.children() if hasattr(stack, "blocks") for block in stack.blocks]
+def stacks(model: nn.Module) -> list[nn.Module]:
+    """The encoder and, where there is one, the decoder."""
+    return [stack for stack in model.children() if hasattr(stack, "blocks")]
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The layers of both."""
+    return [block for stack in stacks(model) for block in stack.blocks]
 
 
 def _like(x: Tensor, p: Tensor) -> Tensor:
@@ -330,12 +358,12 @@ STATE = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.Muon:
 def _restore(model: nn.Module, optimizers: list[torch.optim.Optimizer], state: dict, path: Path) -> None:
     """Weights and optimizer state of a checkpoint, whole there, into a model that may be shared by the processes.
 
-    Raises InputError where the optimizer state does not fit the weights.
+    Takes them out of `state`, for they are large. Raises InputError where the optimizer state does not fit the weights.
     """
     own = model.state_dict()
-    model.load_state_dict({name: _like(x, own[name]) for name, x in state["weights"].items()})
+    model.load_state_dict({name: _like(x, own[name]) for name, x in state.pop("weights").items()})
     try:
-        for optimizer, stored in zip(optimizers, state["optimizers"], strict=True):
+        for optimizer, stored in zip(optimizers, state.pop("optimizers"), strict=True):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             for i, of_one in stored.items():
                 shapes = {x.shape for x in of_one.values()}
@@ -358,7 +386,7 @@ def _sum_over_ranks(values: list[float]) -> list[float]:
 
 
 def collate(examples: list[Example], pad: int) -> dict[str, Tensor]:
-    """Stacks examples to tensors [B, longest], padded at the end: targets with IGNORE, tokens with pad.
+    """Stacks examples to tensors [B, longest] on the device, padded at the end: targets with IGNORE, tokens with pad.
 
     A src_mask is added only where a source was padded: without one attention is faster.
     """
@@ -374,10 +402,10 @@ def collate(examples: list[Example], pad: int) -> dict[str, Tensor]:
         if name == "src" and min(len(row) for row in rows) < longest:
             lengths = torch.tensor([len(row) for row in rows])
             batch["src_mask"] = torch.arange(longest) < lengths[:, None]  # [B, S]
-    return batch
+    return {name: x.to(device()) for name, x in batch.items()}
 
 
-TARGETS = {"labels", "tgt_out"}  # the argument of forward that holds the targets, by the model's kind
+TARGETS = {"labels", "tgt_out"}  # the arguments of the models' forward that hold targets
 
 
 def n_targets(examples: list[Example]) -> int:
@@ -406,28 +434,30 @@ def held_out_loss(
     sums = []
     for language in languages:
         examples = valid_examples(data, language, objective, at_most)
-        world = dist.get_world_size() if dist.is_initialized() else 1  # eval.py is one process even under torchrun
-        mine, loss = examples[rank() :: world], 0.0
-        for at in range(0, -(-len(examples) // world), 32):
+        n = dist.get_world_size() if dist.is_initialized() else 1  # eval.py is one process even under torchrun
+        mine, loss = examples[rank() :: n], 0.0
+        for at in range(0, -(-len(examples) // n), 32):
             # Under FSDP all processes must take part in every pass: one that has no more rows repeats one, unheard.
             batch = collate(mine[at : at + 32] or examples[:1], data.ids.pad)
-            with _autocast(dtype):
-                part = model(**{name: x.to(device()) for name, x in batch.items()}).item()
+            with autocast(dtype):
+                part = model(**batch).item()
             loss += part if mine[at : at + 32] else 0.0
         sums += [loss, n_targets(mine)]
     sums = _sum_over_ranks(sums)
     return {language: sums[2 * i] / max(1, sums[2 * i + 1]) for i, language in enumerate(languages)}
 
 
-def _autocast(dtype: str) -> torch.autocast:
+def autocast(dtype: str) -> torch.autocast:
+    """Matrix products in bf16, or what the weights are in: of --dtype."""
     return torch.autocast(device().type, torch.bfloat16, enabled=dtype == "bf16")
 
 
 # The loop ----------------------------------------------------------------------------------------------------------
 
 
-def train_flops(cfg: ModelConfig, rows: int, source: int, target: int, n_targets: int, frozen: bool = False) -> float:
-    """Matrix-product FLOPs of one update, forward and backward, on `rows` rows of `source` and `target` tokens.
+def train_flops(cfg: ModelConfig, rows: int, source: int, target: int, projected: int, frozen: bool = False) -> float:
+    """Matrix-product FLOPs of one update, forward and backward, on `rows` rows of `source` and `target` tokens, of
+    which `projected` positions in all meet the output projection.
 
     A backward pass costs twice its forward: one product for the inputs' gradient, one for the weights'. A frozen
     encoder has no backward pass; the gradients for its output (but for a fusion of it) and for the frozen embedding
@@ -436,10 +466,10 @@ def train_flops(cfg: ModelConfig, rows: int, source: int, target: int, n_targets
     """
     d, layer = cfg.d_model, 2 * (4 * cfg.d_model**2 + 2 * cfg.d_model * cfg.d_ff)  # a block's products, per token
     encoder = rows * cfg.n_encoder_layers * (source * layer + 4 * source**2 * d)
-    projection = 2 * n_targets * d * cfg.vocab_size
+    projection = 2 * projected * d * cfg.vocab_size
     if cfg.n_decoder_layers == 0:  # the last feed-forward layer and the head see the labelled positions alone
-        spared = (rows * source - n_targets) * 4 * d * cfg.d_ff
-        return 3 * (encoder - spared + n_targets * 2 * d**2 + projection)
+        spared = (rows * source - projected) * 4 * d * cfg.d_ff
+        return 3 * (encoder - spared + projected * 2 * d**2 + projection)
     cross_kv = rows * cfg.n_decoder_layers * source * 4 * d**2
     cross = rows * cfg.n_decoder_layers * (target * 4 * d**2 + 4 * target * source * d)
     decoder = rows * cfg.n_decoder_layers * (target * layer + 4 * target**2 * d) + cross
@@ -502,8 +532,8 @@ def fit(run: Run, model: nn.Module, objective: Objective, frozen: Callable[[int]
     SIGTERM and SIGUSR1 end it after the next whole update, with a checkpoint to resume from. Raises InputError when
     the run cannot go on: another one writes there, the loss is no longer a number, another process is gone.
     """
-    if run.train.batch_size % _world():
-        raise InputError(f"--batch-size {run.train.batch_size}: not a multiple of the {_world()} processes")
+    if run.train.batch_size % world():
+        raise InputError(f"--batch-size {run.train.batch_size}: not a multiple of the {world()} processes; change it")
     for language in run.data.languages:
         run.data.n_valid_rows(language)  # better now than after days of training
     told_to_stop: list[int] = []
@@ -538,11 +568,10 @@ LOST = {  # what torch says of it
 def _set_up(model: nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
     """Brings the model to its device, in the form that the flags ask for, and makes its optimizers."""
     model.to(device())
-    for stack in model.children():
-        if hasattr(stack, "blocks"):
-            stack.checkpointing = cfg.activation_checkpointing
+    for stack in stacks(model):
+        stack.checkpointing = cfg.activation_checkpointing
     if cfg.compile:
-        for block in _blocks(model):
+        for block in blocks(model):
             block.compile()
     if dist.is_initialized() and cfg.parallel == "fsdp":
         _shard(model, cfg.dtype)
@@ -562,8 +591,7 @@ def _fit(
 
     def checkpoint() -> dict:
         history = run.history + [{"stage": run.kind, **spent, "settings": run.settings}]
-        content = {"kind": run.kind, "config": asdict(run.model), "weights": model.state_dict(), "history": history}
-        return content | {"tokenizer": data.tokenizer_model}
+        return as_checkpoint(run.kind, run.model, model.state_dict(), data.tokenizer_model, history)
 
     def save() -> None:
         state = {"spent": spent, "settings": run.settings, "data": data.fingerprint}
@@ -614,7 +642,7 @@ class _Batches(Dataset):
 
     def __getitem__(self, step: int) -> list[Example]:
         cfg, data = self.run.train, self.run.data
-        share = cfg.batch_size // _world()
+        share = cfg.batch_size // world()
         first = step * cfg.batch_size + rank() * share
         return [self.objective(data.row(i), sample_rng(cfg.seed, NOISE, i)) for i in range(first, first + share)]
 
@@ -666,12 +694,12 @@ def _update(
     micro = cfg.micro_batch_size or len(examples)
     loss, flops = torch.zeros((), device=device()), 0.0
     for at in range(0, len(examples), micro):
-        batch = {name: x.to(device()) for name, x in collate(examples[at : at + micro], run.data.ids.pad).items()}
+        batch = collate(examples[at : at + micro], run.data.ids.pad)
         flops += batch_flops(run.model, batch, frozen)
         with _gradients(wrapped, summed=at + micro >= len(examples)):
-            with _autocast(cfg.dtype):
+            with autocast(cfg.dtype):
                 part = wrapped(**batch)
-            (part * (_world() / all_targets)).backward()  # DDP and FSDP average over processes: undo that
+            (part * (world() / all_targets)).backward()  # DDP and FSDP average over processes: undo that
         loss += part.detach()
     norm = nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)
     norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
@@ -690,6 +718,17 @@ def saved(folder: Path) -> list[Path]:
     return sorted(folder.glob("[0-9]" * 9 + ".pt"))
 
 
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl, without the one that a run was killed at. Raises InputError for another file."""
+    try:
+        lines = path.read_text("utf-8").splitlines(keepends=True)
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        [row["step"] + 0 for row in rows]
+        return rows
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path}: not lines of a run; remove it, its checkpoints do without") from None
+
+
 class _Log:
     """Progress bar and metrics.jsonl of rank 0; a resumed run drops the lines that came after its checkpoint.
 
@@ -706,10 +745,9 @@ class _Log:
                 run.folder.mkdir(exist_ok=True)
                 self.lock = open(run.folder / "lock", "w")
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
-                old = self.path.read_text().splitlines() if done and self.path.exists() else []
-                # A line may be torn where the run was killed; the loss of step n is of the update after checkpoint n.
-                lines = [json.loads(line) for line in old if line.endswith("}")]
-                kept = [line for line in lines if line["step"] < done + ("held_out" in line)]
+                old = read_metrics(self.path) if done and self.path.exists() else []
+                # The loss of step n is of the update after checkpoint n, a held-out loss of the one before it.
+                kept = [line for line in old if line["step"] < done + ("held_out" in line)]
                 for part in run.folder.glob("*.part"):  # of a save that was cut short
                     part.unlink()
                 self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -718,8 +756,6 @@ class _Log:
                 raise InputError(f"{run.folder}: another run writes there; wait, or give another --out") from None
             except OSError as error:
                 raise InputError(f"{self.path}: cannot be written ({error.strerror})") from None
-            except (ValueError, KeyError, TypeError):
-                raise InputError(f"{self.path}: not lines of a run; remove it, its checkpoints do without") from None
 
     def __enter__(self) -> "_Log":
         return self
@@ -738,6 +774,7 @@ class _Log:
                 raise InputError(f"{self.path}: cannot be written ({error.strerror}); use --resume") from None
 
     def step(self, step: int, loss: float, norm: float, lr: float, speed: float) -> None:
+        """One update: loss in nats, gradient norm, AdamW's rate, tokens a second."""
         if step == 0:
             say(f"step 0: loss {loss:.3f}, ln V = {math.log(self.run.model.vocab_size):.3f}")
         self.bar.set_postfix_str(f"loss {loss:.3f}, norm {norm:.2f}, lr {lr:.1e}, {speed:,.0f} tokens/s")
@@ -748,6 +785,7 @@ class _Log:
             say(f"step {step}: loss {loss}, gradient norm {norm}; skipped, the weights stay as they are")
 
     def losses(self, done: int, losses: dict[str, float]) -> None:
+        """Held-out losses in nats, by language, after so many updates."""
         mean = sum(losses.values()) / len(losses)
         self._write(step=done, held_out=losses, mean=mean)
         say(f"step {done}: held-out loss {mean:.3f} ({', '.join(f'{x} {y:.2f}' for x, y in losses.items())})")

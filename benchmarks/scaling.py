@@ -23,9 +23,10 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import SAMPLE_DATA, SAMPLE_OPTIONS  # noqa: E402
+import trainer  # noqa: E402
+from data import SAMPLE_OPTIONS  # noqa: E402
 from model import PRESETS, ModelConfig, Seq2Seq  # noqa: E402
-from trainer import _blocks, open_data, train_flops  # noqa: E402
+from trainer import train_flops  # noqa: E402
 
 ROWS, STEPS = 16, 24  # rows a process and update; updates, of which the first 4 are not counted
 
@@ -39,7 +40,7 @@ def bytes_sent(model: nn.Module, world: int, parallel: str, micro_batches: int =
     the fp32 sums of the gradients once.
     """
     total = sum(p.numel() for p in model.parameters())
-    blocks = sum(p.numel() for block in _blocks(model) for p in block.parameters())
+    blocks = sum(p.numel() for block in trainer.blocks(model) for p in block.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     share = (world - 1) / world
     if parallel == "ddp":
@@ -50,7 +51,7 @@ def bytes_sent(model: nn.Module, world: int, parallel: str, micro_batches: int =
 def state_bytes(model: nn.Module, world: int, parallel: str) -> float:
     """Bytes of weights, gradients and AdamW's two moments on one GPU (fp32), and of what is gathered around them."""
     total = sum(p.numel() for p in model.parameters())
-    blocks = [sum(p.numel() for p in block.parameters()) for block in _blocks(model)]
+    blocks = [sum(p.numel() for p in block.parameters()) for block in trainer.blocks(model)]
     if parallel == "ddp":
         return 16 * total + 2 * total  # bf16 copies of the weights, which autocast keeps through forward and backward
     rest = total - sum(blocks)
@@ -131,7 +132,7 @@ def tokens_per_second(world: int, parallel: str, folder: str) -> float:
 
 def weak_scaling(rounds: int) -> None:
     """Prints tokens a second of one process and of two, under DDP and FSDP2."""
-    open_data(SAMPLE_DATA, 128)  # made once, before anything is timed
+    trainer.open_data(trainer.SAMPLE, 128)  # made once, before anything is timed
     kinds = [(1, "ddp"), (2, "ddp"), (2, "fsdp")]
     seen: dict = {kind: [] for kind in kinds}
     with tempfile.TemporaryDirectory() as folder:

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import trainer  # noqa: E402
-from data import SAMPLE_DATA, TokenData  # noqa: E402
+from data import HEADER, SAMPLE_OPTIONS, SAMPLE_TEXT, TokenData, prepare  # noqa: E402
 from extract import hf_model  # noqa: E402
 from model import PRESETS, MaskedLM, ModelConfig, Seq2Seq, generate  # noqa: E402
 from objectives import SpecialIds, mask_tokens, noise_row, sample_rng  # noqa: E402
@@ -108,7 +108,7 @@ def contender(o: dict) -> Callable[[], None]:
     model.to(trainer.device())
     if o["compile"]:
         if o["who"] == "ours":
-            for block in trainer._blocks(model):
+            for block in trainer.blocks(model):
                 block.compile()
         else:
             model.compile()
@@ -127,7 +127,7 @@ def contender(o: dict) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, (0.9, 0.98), eps=1e-6, weight_decay=0.1, fused=True)
 
     def update() -> None:
-        with trainer._autocast(o["dtype"]):
+        with trainer.autocast(o["dtype"]):
             value = loss()
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -212,7 +212,7 @@ def fetching(o: dict, rounds: int) -> float:
     """Seconds, in this process, to draw a batch's rows from the embedded corpus, noise and collate them: what an update
     waits for without --workers.
     """
-    rows, seconds = trainer.open_data(SAMPLE_DATA, o["length"]), []
+    rows, seconds = trainer.open_data(trainer.SAMPLE, o["length"]), []
     objective = objective_of(o["task"], rows.ids)
     for turn in range(10 * rounds):
         began = time.perf_counter()
@@ -353,20 +353,18 @@ def grown_data(folder: Path, size: int, fill: bool) -> Path:
     """The embedded corpus's data folder with shards of `size` bytes in all: of random tokens, or of holes that take no
     room on the disk.
     """
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import data; from pathlib import Path; "
-    code += "data.prepare(data.SAMPLE_TEXT, Path('D'), **data.SAMPLE_OPTIONS)"
-    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, capture_output=True)
+    prepare(SAMPLE_TEXT, folder / "D", **SAMPLE_OPTIONS)
     meta, rng = json.loads((folder / "D" / "meta.json").read_text()), np.random.default_rng(0)
     some = rng.integers(300, 4000, 1 << 20).astype(np.uint16)
     for entry in meta["languages"].values():
         shard = entry["train"][0]
         shard[1] = size // 2 // len(meta["languages"])
         with open(folder / "D" / shard[0], "r+b") as file:
-            file.seek(24)
+            file.seek(HEADER - 8)
             file.write(shard[1].to_bytes(8, "little"))
             for at in range(0, shard[1], len(some)) if fill else ():
                 file.write(some[: shard[1] - at].tobytes())
-            file.truncate(32 + 2 * shard[1])
+            file.truncate(HEADER + 2 * shard[1])
     (folder / "D" / "meta.json").write_text(json.dumps(meta))
     return folder / "D"
 

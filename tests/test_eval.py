@@ -220,6 +220,11 @@ def test_cost_adds_up_over_the_ancestry(command, data_dir, checkpoints, capsys):
     assert f"both from scratch at 2 updates each: {both:.3g} FLOPs" in lines[5]
     assert f"saved {1 - sum(flops['two.pt']) / both:.1%}" in lines[5]
     assert "one model so far" in cost(command, capsys, "scratch.pt")[4]
+    two = torch.load(checkpoints / "two.pt", weights_only=True)
+    del two["history"][0]["settings"]["batch_size"]
+    torch.save(two, checkpoints / "poor.pt")
+    with pytest.raises(InputError, match=r"poor\.pt: its history lacks 'batch_size'"):
+        cost(command, capsys, "poor.pt")
 
 
 @pytest.mark.parametrize("flags", [["--noise", "sentinel"], ["--noise", "mask"], ["--clm-fraction", 0.5]])

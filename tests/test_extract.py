@@ -229,7 +229,9 @@ def test_folders_of_others_are_refused(command, checkpoints):
     out = ("--out", "x.pt")
     refused(command, "nowhere/config.json: missing or damaged", "--from-hf", "nowhere", *out)
     command(extract, "enc.pt", "--to-hf", "hf")
-    refused(command, "hf: exists; give another folder", "seq2seq.pt", "--to-hf", "hf")
+    refused(command, "hf: exists; remove it or give another folder", "seq2seq.pt", "--to-hf", "hf")
+    (checkpoints / "new.part").mkdir()
+    refused(command, "new.part: exists; remove it or give another folder", "enc.pt", "--to-hf", "new")
 
     def changed(**values):
         config = json.loads((checkpoints / "hf" / "config.json").read_text())
@@ -241,6 +243,10 @@ def test_folders_of_others_are_refused(command, checkpoints):
     refused(command, "changed: of family bert; only xlm-roberta-xl", *changed(model_type="bert"))
     refused(command, "changed: 2999 embeddings, but 3000 pieces in its", *changed(vocab_size=2999))
     refused(command, "changed: its hidden_act is relu, our models have gelu", *changed(hidden_act="relu"))
+    refused(command, "config.json: not a shape that our models have: d_model 32", *changed(num_attention_heads=3))
+    refused(command, "config.json: not a shape that our models have: dropout is 1.5", *changed(hidden_dropout_prob=1.5))
+    refused(command, "config.json: not a shape that our models have: max_len", *changed(max_position_embeddings=1))
+    refused(command, "changed: its parts do not fit each other", *changed(history="abc"))
     arguments = changed()
     (checkpoints / "changed" / "tokenizer.model").unlink()
     refused(command, "changed/tokenizer.model: cannot be read", *arguments)

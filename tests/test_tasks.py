@@ -20,6 +20,7 @@ from sklearn.metrics import accuracy_score
 
 import eval as evaluation
 import extract
+import report
 import tasks
 import train_seq2seq
 from checkpoint import load_model
@@ -467,6 +468,38 @@ def test_report(command, checkpoints, folder, capsys):
     (checkpoints / "bad.jsonl").write_text("{}\n[1]\n")
     with pytest.raises(InputError, match=r"bad\.jsonl:1: not a result"):
         command(evaluation, "bad.jsonl", "--report", "OUT")
+    poor = {name: value for name, value in results[0].items() if name != "train_lang"}
+    (checkpoints / "bad.jsonl").write_text(json.dumps(poor) + "\n")
+    with pytest.raises(InputError, match=r"bad\.jsonl:1: not a result"):
+        command(evaluation, "bad.jsonl", "--report", "OUT")
+    with open(checkpoints / "roberta-12e.run" / "metrics.jsonl", "a") as log:
+        log.write('{"step": 2, "held_out": {"en": 1.5}')  # as a run that is killed leaves it
+    (checkpoints / "strange.jsonl").write_text(
+        json.dumps(losses[0] | {"checkpoint": "unfreeze-at-x.pt", "history": []})
+    )
+    command(evaluation, "losses.jsonl", "strange.jsonl", "--report", "OUT")
+    (checkpoints / "file").touch()
+    for blocked in ("file", "file/OUT"):
+        with pytest.raises(InputError, match=f"{blocked}: cannot be written"):
+            command(evaluation, "losses.jsonl", "--report", blocked)
+
+
+def test_a_curve_for_every_run_of_one_name(command, tmp_path):
+    result = {"checkpoint": "a.pt", "kind": "encoder", "history": [], "task": "loss", "language": "en", "loss": 1.0}
+    paths = []
+    for seed, folder in enumerate(("one", "two")):
+        (tmp_path / folder / "a.run").mkdir(parents=True)
+        lines = [{"step": step, "held_out": {"en": step + seed}, "mean": step + seed} for step in (1, 2)]
+        (tmp_path / folder / "a.run" / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        (tmp_path / folder / "r.jsonl").write_text(json.dumps(result) + "\n")
+        paths.append(tmp_path / folder / "r.jsonl")
+    again = result | {"checkpoint": "../two/a.pt"}  # the second run by another name: no third curve
+    paths[0].write_text(paths[0].read_text() + json.dumps(again) + "\n")
+    curves = report.curves(report.read_results(paths))
+    assert {name: [x["mean"] for x in rows] for name, rows in curves["encoder"].items()} == {
+        "a": [1, 2],
+        "two/a": [2, 3],
+    }
 
 
 def test_report_of_runs_from_other_seeds_and_the_sweep(command, checkpoints):

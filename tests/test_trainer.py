@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -141,7 +142,7 @@ def test_resume_is_exact_across_the_unfreeze_step(command, data_dir, encoder, tm
         real(self, step, *rest)
         if step == cut:
             with open(self.path, "a") as file:
-                file.write('{"step": ')
+                file.write('{"step": 2, "held_out": {"de": 1.5}')
             raise KeyboardInterrupt
 
     monkeypatch.setattr(trainer._Log, "step", killed)
@@ -327,6 +328,7 @@ def test_held_out_loss_is_the_mean_over_targets(data_dir):
         (train_encoder, ["--max-len", 16], "--seq-len 128: the model has 16 positions"),
         (train_encoder, ["--out", "no/where.pt"], "no: no such folder"),
         (train_encoder, ["--out", "enc.run"], "--out enc.run: name it something.pt"),
+        (train_encoder, ["--timeout", 10**14], "--timeout is 100000000000000: it must be at most"),
         (train_encoder, ["--resume"], "nothing to resume"),
         (train_encoder, ["--init", "nowhere.pt"], "nowhere.pt: no such file; run the command that writes it first"),
         (train_seq2seq, ["--unfreeze-at", 0.5], "--unfreeze-at: there is no trained encoder to work with"),
@@ -335,6 +337,7 @@ def test_held_out_loss_is_the_mean_over_targets(data_dir):
         (train_seq2seq, ["--clm-fraction", 1.1], "--clm-fraction is 1.1"),
         (train_seq2seq, ["--unfreeze-at", 1.5, "--init", "enc.pt"], "--unfreeze-at is 1.5"),
         (train_seq2seq, ["--noise-density", 1], "--noise-density is 1.0"),
+        (train_seq2seq, ["--noise-density", 0.003], "--noise-density 0.003 of --seq-len 128 is no token; raise it"),
         (train_seq2seq, ["--mean-span", 0], "--mean-span is 0.0"),
         (train_seq2seq, ["--decoder-layers", 0], "--decoder-layers 0: it must be at least 1"),
         (
@@ -363,6 +366,10 @@ def test_bad_flags_get_one_line(command, data_dir, encoder, tmp_path, module, fl
             ["--noise", "sentinel", "--noise-density", 0.5, "--mean-span", 0.1, "--seq-len", 300],
             "there are 100: use shorter",
         ),
+        (
+            ["--noise", "sentinel", "--noise-density", 0.6, "--mean-span", 0.5, "--seq-len", 32],
+            r"--mean-span 0\.5: a target of \d\d tokens for a row of 32; fewer spans",
+        ),
     ],
 )
 def test_settings_that_no_row_can_meet_are_refused_before_training(command, data_dir, tmp_path, flags, complaint):
@@ -387,6 +394,32 @@ def test_nothing_is_overwritten(command, data_dir, encoder, tmp_path):
     command(train_seq2seq, "--data", data_dir, *SMALL, *ROWS, "--steps", 0)
     with pytest.raises(InputError, match="exists; give another --out"):
         command(extract, "seq2seq.pt", "--out", "moved.pt")
+    (tmp_path / "folder.pt").mkdir()
+    with pytest.raises(InputError, match=r"folder\.pt: exists"):
+        command(train_encoder, "--data", data_dir, "--out", "folder.pt")
+
+
+def test_a_file_that_came_while_a_run_was_stopped_is_not_taken_for_its_result(command, data_dir, tmp_path, monkeypatch):
+    stopped = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer._Log, "step", stopped)
+        command(train_encoder, "--data", data_dir, *SMALL, *ROWS, "--steps", 3, "--out", "a.pt")
+    (tmp_path / "a.pt").write_text("another's")
+    with pytest.raises(InputError, match=r"a\.pt: exists, and is not of this run"):
+        command(train_encoder, "--resume", "--out", "a.pt")
+    (tmp_path / "a.pt").unlink()
+    command(train_encoder, "--resume", "--out", "a.pt")
+    assert load_checkpoint(tmp_path / "a.pt")["history"][0]["steps"] == 3
+
+
+def test_a_run_lets_go_of_the_checkpoints_it_started_from(command, data_dir, encoder, tmp_path, monkeypatch):
+    runs = []
+    start = trainer.start
+    monkeypatch.setattr(trainer, "start", lambda *a: runs.append(start(*a)) or runs[-1])
+    flags = ["--data", data_dir, *ROWS, "--init", "enc.pt", "--init-decoder", "--steps", 2]
+    for more in ([], ["--resume"]):
+        command(train_seq2seq, *flags, "--out", "two.pt", *more)
+    assert "weights" not in runs[0].init and not {"weights", "optimizers"} & runs[1].state.keys()
 
 
 @pytest.mark.parametrize("flags", [["--steps", 9], ["--preset", "tiny"], ["--seed", 1], ["--init", "x.pt"]])
