@@ -60,7 +60,7 @@ row() { # ROW [SEED]: its recipe
 second() { # NAME FLAGS...: a second stage that is no row of the paper
   local name=$1
   shift
-  $TORCHRUN "$CODE/train_seq2seq.py" $SHAPE --steps $SECOND --noise drop "$@" --out "$name.pt" $(resume "$name")
+  $TORCHRUN "$CODE/train_seq2seq.py" "${SHAPE[@]}" --steps $SECOND --noise drop "$@" --out "$name.pt" $(resume "$name")
   python "$CODE/eval.py" "$name.pt" --task loss --out results.jsonl
 }
 
@@ -90,7 +90,7 @@ scores() { # encoder|seq2seq CHECKPOINT...: the tasks of this kind that there is
 }
 
 random() { # the encoder before its first update, for the least that any other must beat
-  $TORCHRUN "$CODE/train_encoder.py" $SHAPE --steps 0 --out random.pt $(resume random)
+  $TORCHRUN "$CODE/train_encoder.py" "${SHAPE[@]}" --steps 0 --out random.pt $(resume random)
 }
 
 jobs() { # costs are about those of 100 MLM updates, as one sees them with `tiny` on a CPU
@@ -123,7 +123,8 @@ jobs() { # costs are about those of 100 MLM updates, as one sees them with `tiny
   # Beyond the paper: a cheaper way to both models? --steps comes last and wins.
   job init-decoder 30 second init-decoder --init roberta-12e.pt --unfreeze-at 0.5 --init-decoder
   job half 22 second half --init roberta-12e.pt --unfreeze-at 0.5 --steps $((STEPS / 2))
-  job half-init-decoder 22 second half-init-decoder --init roberta-12e.pt --unfreeze-at 0.5 --init-decoder --steps $((STEPS / 2))
+  job half-init-decoder 22 \
+    second half-init-decoder --init roberta-12e.pt --unfreeze-at 0.5 --init-decoder --steps $((STEPS / 2))
   job fusion-unfrz 28 second fusion-unfrz --init roberta-12e.pt --unfreeze-at 0.75 --fusion
   scores seq2seq init-decoder half half-init-decoder fusion-unfrz
 }

@@ -10,15 +10,17 @@
 set -eu
 
 # From scratch; the second stage, 0.7 of it; the MLM continuation, 1/5 of it.
-MLM=""
+MLM=(--mask-prob 0.15)
 case ${SCALE:=demo} in
-demo) SHAPE="--preset tiny --batch-size 32 --seq-len 128" STEPS=150 SECOND=105 MORE=30 ;;
+demo)
+  SHAPE=(--preset tiny --batch-size 32 --seq-len 128)
+  STEPS=150 SECOND=105 MORE=30 ;;
 mini) # 8M tokens a model from scratch: Muon, more masks and no dropout to learn enough from so few
-  SHAPE="--preset tiny --batch-size 32 --seq-len 128 --optimizer muon --dropout 0 --eval-every 250"
+  SHAPE=(--preset tiny --batch-size 32 --seq-len 128 --optimizer muon --dropout 0 --eval-every 250)
   STEPS=2000 SECOND=1400 MORE=400
-  MLM="--mask-prob 0.4" ;;
+  MLM=(--mask-prob 0.4) ;;
 paper) # 1M tokens a batch
-  SHAPE="--preset paper --batch-size 2048 --micro-batch-size 32 --seq-len 512 --save-every 2000 --eval-every 10000"
+  SHAPE=(--preset paper --batch-size 2048 --micro-batch-size 32 --seq-len 512 --save-every 2000 --eval-every 10000)
   STEPS=500000 SECOND=350000 MORE=100000 ;;
 *) echo "SCALE=$SCALE: it must be demo, mini or paper" >&2 && exit 2 ;;
 esac
@@ -28,12 +30,12 @@ fi
 if [ -n "${DATA:-}" ]; then
   [ -d "$DATA" ] || { echo "DATA=$DATA: no such folder; make it with data.py" >&2 && exit 2; }
   DATA=$(cd "$DATA" && pwd)
-  SHAPE="--data $DATA $SHAPE"
+  SHAPE=(--data "$DATA" "${SHAPE[@]}")
 fi
 SEED=${SEED:-0}
 RUNS=$SCALE
 if [ "$SEED" != 0 ]; then
-  SHAPE="$SHAPE --seed $SEED" RUNS=$SCALE-seed$SEED
+  SHAPE+=(--seed "$SEED") RUNS=$SCALE-seed$SEED
 fi
 TORCHRUN=${TORCHRUN:-torchrun}
 CODE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

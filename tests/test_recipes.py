@@ -81,7 +81,7 @@ def test_every_recipe_end_to_end_at_demo_scale(recipe, tmp_path, capsys):
 
 def test_paper_scale_is_the_published_scale(recipe, tmp_path, capsys):
     """Flags that come after cut the width and the updates; what the script itself asks for is read from its command."""
-    folder = tmp_path / "shards"
+    folder = tmp_path / "my shards"
     data.prepare(data.SAMPLE_TEXT, folder, vocab_size=2000, valid_fraction=0.3)
     asked = {}
     for row in ROWS:
@@ -111,7 +111,7 @@ def test_only_scale_sh_knows_the_scale():
             "$MORE",
             *"12",
         }
-        assert "$SHAPE" in text
+        assert '"${SHAPE[@]}"' in text
 
 
 @pytest.mark.parametrize(
