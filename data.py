@@ -305,7 +305,8 @@ class _ShardWriter:
     def __init__(self, folder: Path, name: str, model: bytes):
         self.folder, self.name, self.model, self.shards, self.file = folder, name, model, [], None
 
-    def write(self, tokens: np.ndarray) -> None:
+    def write(self, tokens: np.ndarray) -> None:  # [N]
+        """Appends tokens, all of them to one shard."""
         if self.file is None or self.shards[-1][1] >= SHARD_TOKENS:
             self.close()
             self.shards.append([f"{self.name}.{len(self.shards):03d}.bin", 0])
@@ -315,6 +316,7 @@ class _ShardWriter:
         self.shards[-1][1] += len(tokens)
 
     def close(self) -> None:
+        """Ends a shard: only now its header says how many tokens it has."""
         if self.file is not None:
             self.file.seek(0)
             self.file.write(_header(self.model, self.shards[-1][1]))

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 
 import tasks
@@ -34,7 +35,7 @@ OBJECTIVES = {"encoder": (MLMConfig, encoder_objective), "seq2seq": (DenoiseConf
 MARK = "\ufdd0"  # stands for <mask> while a sentence is encoded: no text may hold this code point
 
 
-def encode_sentence(tokenizer, ids: SpecialIds, text: str) -> Tensor:
+def encode_sentence(tokenizer: SentencePieceProcessor, ids: SpecialIds, text: str) -> Tensor:
     """Tokens [1, S] of a sentence and its closing </s>; each "<mask>" in it, with a space before it, is one token.
 
     Raises InputError for bytes of the command line that are no UTF-8.
@@ -55,7 +56,7 @@ def encode_sentence(tokenizer, ids: SpecialIds, text: str) -> Tensor:
     return torch.tensor([tokens + [ids.eos]])
 
 
-def show(tokenizer, ids: SpecialIds, tokens: list[int]) -> str:
+def show(tokenizer: SentencePieceProcessor, ids: SpecialIds, tokens: list[int]) -> str:
     """Text of tokens for a person to read: <mask> and sentinels by name, document ends as a bar, padding left out."""
     text, run = [], []
     for token in [*tokens, None]:
@@ -70,7 +71,9 @@ def show(tokenizer, ids: SpecialIds, tokens: list[int]) -> str:
     return " ".join(text)
 
 
-def fill(model: nn.Module, tokenizer, ids: SpecialIds, text: str, top: int = 5) -> list[list[tuple[str, float]]]:
+def fill(
+    model: nn.Module, tokenizer: SentencePieceProcessor, ids: SpecialIds, text: str, top: int = 5
+) -> list[list[tuple[str, float]]]:
     """For each <mask> of a sentence the likeliest pieces and their probabilities. Raises InputError without one."""
     src = encode_sentence(tokenizer, ids, text).to(trainer.device())
     _check_length(src, model)
@@ -98,7 +101,9 @@ def _check_length(src: Tensor, model: nn.Module) -> None:
         raise InputError(f"the sentence has {src.shape[1]} tokens, the model {model.cfg.max_len} positions; shorten it")
 
 
-def print_sample(kind: str, model: nn.Module, data: TokenData, languages: list[str], objective, beams: int) -> None:
+def print_sample(
+    kind: str, model: nn.Module, data: TokenData, languages: list[str], objective: trainer.Objective, beams: int
+) -> None:
     """The start of one held-out row in each language: damaged, as the model repairs it, and as it was."""
     for language in languages:
         row = data.valid_row(language, 0)[:24]
@@ -117,7 +122,13 @@ def print_sample(kind: str, model: nn.Module, data: TokenData, languages: list[s
 
 
 def print_losses(
-    args, checkpoint: dict, model: nn.Module, data: TokenData, languages: list[str], objective, dtype: str
+    args: argparse.Namespace,
+    checkpoint: dict,
+    model: nn.Module,
+    data: TokenData,
+    languages: list[str],
+    objective: trainer.Objective,
+    dtype: str,
 ) -> None:
     """The held-out loss of each language; every number goes to --out."""
     losses = trainer.held_out_loss(model, data, languages, objective, dtype)
@@ -135,7 +146,7 @@ def print_losses(
 
 
 @torch.no_grad()
-def print_fusion(model: nn.Module, data: TokenData, languages: list[str], objective) -> None:
+def print_fusion(model: nn.Module, data: TokenData, languages: list[str], objective: trainer.Objective) -> None:
     """Mean share of each encoder layer in what the decoder sees, over the source tokens of held-out rows."""
     print("language  " + " ".join(f"layer {k + 1:2}" for k in range(model.cfg.n_encoder_layers)))
     for language in languages:

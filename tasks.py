@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -298,7 +299,12 @@ class Row:
 
 
 def rows_of(
-    items: list[Item], tokenizer, ids: SpecialIds, max_len: int, tags: list[str], labels: list[str]
+    items: list[Item],
+    tokenizer: SentencePieceProcessor,
+    ids: SpecialIds,
+    max_len: int,
+    tags: list[str],
+    labels: list[str],
 ) -> list[Row]:
     """Items as rows of tokens closed by </s>, long sentences in several.
 
@@ -328,7 +334,7 @@ def rows_of(
 
 
 def run_heads(model: Heads, rows: list[Row], pad: int) -> tuple[Tensor | None, Tensor | None]:
-    """Logits for a batch of rows, padded to the longest of them."""
+    """Logits of tags [N, tags] and of labels [B, labels] for a batch of rows, padded to the longest of them."""
     length = max(len(row.src) for row in rows)
     src = torch.full((len(rows), length), pad)  # [B, S]
     for b, row in enumerate(rows):
@@ -379,7 +385,7 @@ def predict_heads(
 # Generation tasks --------------------------------------------------------------------------------------------------
 
 
-def example_of(item: Item, tokenizer, ids: SpecialIds, max_len: int) -> trainer.Example:
+def example_of(item: Item, tokenizer: SentencePieceProcessor, ids: SpecialIds, max_len: int) -> trainer.Example:
     """Source and target as the seq2seq model reads them, both closed by </s> and cut to its positions."""
     src, target = ([*tokenizer.encode(text)[: max_len - 1], ids.eos] for text in (item.words[0], item.label))
     return {"src": np.array(src), "tgt_in": np.array([ids.bos, *target[:-1]]), "tgt_out": np.array(target)}
@@ -387,7 +393,13 @@ def example_of(item: Item, tokenizer, ids: SpecialIds, max_len: int) -> trainer.
 
 @torch.no_grad()
 def predict_texts(
-    model: nn.Module, items: list[Item], tokenizer, ids: SpecialIds, beams: int, max_new: int, bar: str
+    model: nn.Module,
+    items: list[Item],
+    tokenizer: SentencePieceProcessor,
+    ids: SpecialIds,
+    beams: int,
+    max_new: int,
+    bar: str,
 ) -> list[Item]:
     """The items with what the model generates. Batches are halved when memory runs out."""
     model.eval()
@@ -485,7 +497,7 @@ class Job:
     task: str
     train: list[Item]
     dev: list[Item]
-    tokenizer: object
+    tokenizer: SentencePieceProcessor
     ids: SpecialIds
     epochs: int
     batch_size: int

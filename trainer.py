@@ -795,5 +795,6 @@ class _Log:
         size, path = self.run.train.batch_size, self.run.folder / "not-finite.json"
         samples = {step: list(range(step * size, (step + 1) * size)) for step in steps}
         if rank() == 0:
-            path.write_text(json.dumps({"seed": self.run.train.seed, "samples": samples}) + "\n")
+            with contextlib.suppress(OSError):  # a full disk may be the lesser trouble
+                path.write_text(json.dumps({"seed": self.run.train.seed, "samples": samples}) + "\n")
         return f"{self.run.out}: loss or gradients not finite in steps {steps}; samples in {path}; lower --lr"
