@@ -239,6 +239,13 @@ def test_the_split_follows_the_text_not_its_place(text_dir, data_dir, tmp_path):
         assert all_tokens(tmp_path / "out", split)["en"] == 2 * all_tokens(data_dir, split)["en"]
 
 
+def test_a_document_without_text_is_none(data_dir, tmp_path):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "en.jsonl").write_text('{"text": "a river"}\n{"text": ""}\n{"text": "a house"}\n')
+    meta = prepare(tmp_path / "text", tmp_path / "out", 0, data_dir / "tokenizer.model", valid_fraction=0)
+    assert meta["languages"]["en"]["documents"] == 2
+
+
 def test_the_table(data_dir, capsys):
     meta = json.loads((data_dir / "meta.json").read_text())
     data.print_table(meta)
