@@ -27,6 +27,8 @@ def read_results(paths: list[Path]) -> list[dict]:
             try:
                 row = json.loads(line)
                 row["flops"] = sum(stage["flops"] for stage in row["history"])
+                # A model from elsewhere has no history, an extracted encoder's last stage no settings.
+                row["settings"] = dict(row["history"][-1].get("settings", {})) if row["history"] else {}
                 row["row"], row["run"] = Path(row["checkpoint"]).stem, f"{path}:{row['checkpoint']}:{row.get('seed')}"
                 row["main"] = row["loss"] if row["task"] == "loss" else row["scores"][METRICS[row["task"]][0]]
                 needed = ("language", "kind") + (() if row["task"] == "loss" else ("train_lang",))
@@ -110,12 +112,12 @@ def sweep(results: list[dict]) -> dict[float, dict[str, list[dict]]]:
     rows, seeds = [], {}
     for r in results:
         if r["task"] in ("loss", *GENERATION) and (r["row"] in SWEEP or r["row"].startswith(SWEEP[-1])):
-            settings = r["history"][-1]["settings"] if r["history"] else {}
-            if not {"unfreeze_at", "seed"} <= settings.keys():
+            if not {"unfreeze_at", "seed"} <= r["settings"].keys():
                 continue  # of that name, but none of our training scripts'
-            rows.append((settings["unfreeze_at"], settings["seed"], r))
+            at, seed = r["settings"]["unfreeze_at"], r["settings"]["seed"]
+            rows.append((at, seed, r))
             if r["task"] == "loss":
-                seeds.setdefault(settings["unfreeze_at"], set()).add(settings["seed"])
+                seeds.setdefault(at, set()).add(seed)
     shared = set.intersection(*seeds.values()) if seeds else set()
     points: dict[float, dict[str, list[dict]]] = {at: {} for at in sorted(seeds) if shared}
     for at, seed, r in rows:
@@ -126,7 +128,13 @@ def sweep(results: list[dict]) -> dict[float, dict[str, list[dict]]]:
 
 def seeds_of(points: dict[float, dict[str, list[dict]]]) -> set[int]:
     """The seeds of pre-training that a sweep is of."""
-    return {r["history"][-1]["settings"]["seed"] for by_task in points.values() for r in by_task["loss"]}
+    return {r["settings"]["seed"] for by_task in points.values() for r in by_task["loss"]}
+
+
+def from_scratch(results: list[dict], points: dict[float, dict[str, list[dict]]], task: str) -> list[dict]:
+    """Results in a task of the model that a sweep is compared with, of the sweep's own seeds of pre-training."""
+    rows = [r for r in results if r["row"] == "bart-12e12d" and r["kind"] == "seq2seq" and r["task"] == task]
+    return [r for r in rows if r["settings"].get("seed") in seeds_of(points)]
 
 
 def sweep_table(results: list[dict], points: dict[float, dict[str, list[dict]]]) -> str:
@@ -256,8 +264,7 @@ def plot_sweep(results: list[dict], out: Path) -> str:
     for axes, task in zip(panels[0], tasks):
         means = {at: mean(by_task[task]) for at, by_task in points.items() if task in by_task}
         axes.plot(list(means), list(means.values()), "o-", label="two stages")
-        scratch = [r for r in results if r["task"] == task and r["row"] == "bart-12e12d" and r["history"]]
-        if scratch := [r for r in scratch if r["history"][-1]["settings"].get("seed") in seeds_of(points)]:
+        if scratch := from_scratch(results, points, task):
             axes.axhline(mean(scratch), linestyle="--", label="from scratch")
         label = "held-out loss, nats" if task == "loss" else f"{task}, {METRICS[task][0]}, %"
         axes.set(xlabel="--unfreeze-at", ylabel=label)

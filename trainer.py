@@ -723,7 +723,8 @@ def read_metrics(path: Path) -> list[dict]:
     try:
         lines = path.read_text("utf-8").splitlines(keepends=True)
         rows = [json.loads(line) for line in lines if line.endswith("\n")]
-        [row["step"] + 0 for row in rows]
+        if not all(isinstance(row["step"], int) for row in rows):
+            raise ValueError
         return rows
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path}: not lines of a run; remove it, its checkpoints do without") from None

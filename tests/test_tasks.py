@@ -541,6 +541,12 @@ def test_report_of_runs_from_other_seeds_and_the_sweep(command, checkpoints):
         "| 1 | 4.000 | 2.00e+09 | 33.3% |",
     ]
     assert curve == points  # seed 1 has one point of them: no part of the curve
+    strange = [result("bart-12e12d", language="en", loss=9.0, **more) for more in ({"kind": "encoder"}, {}, {})]
+    strange[1]["history"] = [{"stage": "seq2seq", "flops": 1e9}]  # without settings
+    strange[2]["history"][-1]["settings"]["seed"] = 1
+    Path("d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (*one, *strange)))
+    results = report.read_results([Path("d.jsonl")])
+    assert [r["loss"] for r in report.from_scratch(results, report.sweep(results), "loss")] == [1.0, 3.0]
     assert "| 2stage-bart-12e12d-unfrz | 2.50e+09 | 16.7% | 4.500 ± 3.536 |" in text
     assert Path("OUT/unfreeze-at.png").stat().st_size > 5000
     more = dict(language="en", train_lang="en", task="parse")
