@@ -502,71 +502,76 @@ def test_a_curve_for_every_run_of_one_name(command, tmp_path):
     }
 
 
-def test_report_of_runs_from_other_seeds_and_the_sweep(command, checkpoints):
-    def result(row, unfreeze_at=0.0, pretrained=0, **more):
-        flops, settings = 1e9 * (2 - unfreeze_at), {"unfreeze_at": unfreeze_at, "seed": pretrained}
-        history = [{"stage": "seq2seq", "flops": flops, "settings": settings}]
-        history = [{"stage": "encoder", "flops": 1e9}] * (row != "bart-12e12d") + history
-        return {"checkpoint": f"{row}.pt", "kind": "seq2seq", "history": history, "task": "loss"} | more
+def result(row, unfreeze_at=0.0, pretrained=0, **more):
+    """A line of results.jsonl of a second stage, or of bart-12e12d."""
+    flops, settings = 1e9 * (2 - unfreeze_at), {"unfreeze_at": unfreeze_at, "seed": pretrained}
+    history = [{"stage": "seq2seq", "flops": flops, "settings": settings}]
+    history = [{"stage": "encoder", "flops": 1e9}] * (row != "bart-12e12d") + history
+    return {"checkpoint": f"{row}.pt", "kind": "seq2seq", "history": history, "task": "loss", "language": "en"} | more
 
-    one = [result("bart-12e12d", language=x, loss=y) for x, y in (("en", 1.0), ("de", 3.0))]
-    one += [result("2stage-bart-12e12d-unfrz", unfreeze_at=0.5, language="en", loss=9.0)]  # made again below
-    for row, at, loss in (
-        ("2stage-bart-12e12d-unfrz", 0.5, 2.0),
-        ("2stage-bart-12e12d", 1.0, 4.0),
-        ("unfreeze-at-0", 0.0, 1.5),
-    ):
-        one += [result(row, unfreeze_at=at, language="en", loss=loss)]
-    one += [
-        result("2stage-bart-12e12d-unfrz", 0.5, pretrained=1, language="en", loss=7.0)
-        | {"checkpoint": "1/2stage-bart-12e12d-unfrz.pt"}
-    ]
-    two = [result("roberta-12e", language="en", loss=1.0) | {"kind": "encoder"}]
-    two[0]["history"].pop()
-    two += [result("bart-12e12d", language=x, loss=y) for x, y in (("en", 1.2), ("de", 3.2))]
-    for name, rows in (("a.jsonl", one), ("b.jsonl", two)):
-        Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command(evaluation, "a.jsonl", "b.jsonl", "--report", "OUT")
+
+def write(name, rows):
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Path(name)
+
+
+@pytest.fixture
+def losses():
+    """Of the model from scratch and of three points of a sweep, one of them from a second seed too."""
+    found = [result("bart-12e12d", language=x, loss=y) for x, y in (("en", 1.0), ("de", 3.0))]
+    found += [result("2stage-bart-12e12d-unfrz", 0.5, loss=9.0)]  # made again below
+    found += [result("2stage-bart-12e12d-unfrz", 0.5, loss=2.0), result("2stage-bart-12e12d", 1.0, loss=4.0)]
+    found += [result("unfreeze-at-0", 0.0, loss=1.5)]
+    return found + [result("2stage-bart-12e12d-unfrz", 0.5, 1, loss=7.0, checkpoint="1/2stage-bart-12e12d-unfrz.pt")]
+
+
+def curve(text):
+    """The lines of a report's table of the sweep."""
+    return text[text.index("# When to unfreeze") :].splitlines()[2:]
+
+
+def test_report_of_runs_from_other_seeds_and_the_sweep(command, checkpoints, losses):
+    encoder = result("roberta-12e", loss=1.0, kind="encoder", history=[{"stage": "encoder", "flops": 1e9}])
+    again = [result("bart-12e12d", language=x, loss=y) for x, y in (("en", 1.2), ("de", 3.2))]
+    command(evaluation, write("a.jsonl", losses), write("b.jsonl", [encoder, *again]), "--report", "OUT")
     text = Path("OUT/tables.md").read_text()
     assert "| bart-12e12d | 2.00e+09 | - | 2.100 ± 0.141 |" in text
-    assert (
-        "| nats | de | en | mean |\n|---|---|---|---|\n| bart-12e12d | 3.10 ± 0.14 | 1.10 ± 0.14 | 2.10 ± 0.14 |"
-        in text
-    )
+    assert "| nats | de | en | mean |\n|---|---|---|---|\n| bart-12e12d | 3.10 ± 0.14 | 1.10 ± 0.14 | 2.10" in text
     assert "| 2stage-bart-12e12d | - | 4.00 | 4.00 |" in text
-    curve = text[text.index("# When to unfreeze") :].splitlines()[4:]
-    points = [
+    assert curve(text)[2:] == [
         "| 0 | 1.500 | 3.00e+09 | 0.0% |",
         "| 0.5 | 2.000 | 2.50e+09 | 16.7% |",
         "| 1 | 4.000 | 2.00e+09 | 33.3% |",
-    ]
-    assert curve == points  # seed 1 has one point of them: no part of the curve
-    strange = [result("bart-12e12d", language="en", loss=9.0, **more) for more in ({"kind": "encoder"}, {}, {})]
-    strange[1]["history"] = [{"stage": "seq2seq", "flops": 1e9}]  # without settings
-    strange[2]["history"][-1]["settings"]["seed"] = 1
-    Path("d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (*one, *strange)))
-    results = report.read_results([Path("d.jsonl")])
-    assert [r["loss"] for r in report.from_scratch(results, report.sweep(results), "loss")] == [1.0, 3.0]
+    ]  # seed 1 has one point of them: no part of the curve
     assert "| 2stage-bart-12e12d-unfrz | 2.50e+09 | 16.7% | 4.500 ± 3.536 |" in text
     assert Path("OUT/unfreeze-at.png").stat().st_size > 5000
-    more = dict(language="en", train_lang="en", task="parse")
+
+
+def test_generation_scores_of_the_sweep(command, checkpoints, losses):
+    parse = dict(train_lang="en", task="parse")
     rows = [("2stage-bart-12e12d-unfrz", 0.5, 20.0), ("2stage-bart-12e12d-unfrz", 0.5, 22.0), ("bart-12e12d", 0.0, 9.0)]
-    three = [
-        result(row, at, **more, seed=seed, scores={"exact match": score}) for seed, (row, at, score) in enumerate(rows)
-    ]
-    three += [result("unfreeze-at-0.25", 0.25, **more, seed=0, scores={"exact match": 1.0})]  # without a loss: no point
-    Path("c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in three))
-    command(evaluation, "a.jsonl", "c.jsonl", "--report", "OUT")
-    text = Path("OUT/tables.md").read_text()
-    curve = text[text.index("# When to unfreeze") :].splitlines()[2:]
-    assert curve[0] == "| `--unfreeze-at` | held-out loss, nats | parse, exact match | FLOPs | pair saved |"
-    assert curve[2:4] == ["| 0 | 1.500 | - | 3.00e+09 | - |", "| 0.5 | 2.000 | 21.00 ± 1.41 | 2.50e+09 | - |"]
-    assert curve[4:] == ["| 1 | 4.000 | - | 2.00e+09 | - |"]
-    for row in (*one, *two):
+    rows += [("unfreeze-at-0.25", 0.25, 1.0)]  # without a loss: no point
+    scores = [result(row, at, **parse, seed=i, scores={"exact match": x}) for i, (row, at, x) in enumerate(rows)]
+    command(evaluation, write("a.jsonl", losses), write("c.jsonl", scores), "--report", "OUT")
+    lines = curve(Path("OUT/tables.md").read_text())
+    assert lines[0] == "| `--unfreeze-at` | held-out loss, nats | parse, exact match | FLOPs | pair saved |"
+    assert lines[2:4] == ["| 0 | 1.500 | - | 3.00e+09 | - |", "| 0.5 | 2.000 | 21.00 ± 1.41 | 2.50e+09 | - |"]
+    assert lines[4:] == ["| 1 | 4.000 | - | 2.00e+09 | - |"]
+
+
+def test_what_a_sweep_is_compared_with(command, checkpoints, losses):
+    strange = [result("bart-12e12d", loss=9.0, kind="encoder"), result("bart-12e12d", pretrained=1, loss=9.0)]
+    strange += [result("bart-12e12d", loss=9.0, history=[{"stage": "seq2seq", "flops": 1e9}])]  # without settings
+    results = report.read_results([write("a.jsonl", [*losses, *strange])])
+    assert [r["loss"] for r in report.from_scratch(results, report.sweep(results), "loss")] == [1.0, 3.0]
+
+
+def test_report_of_models_that_cost_nothing(command, checkpoints, losses):
+    for row in losses:
         for stage in row["history"]:
             stage["flops"] = 0.0
-    Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (*one, *two)))
-    command(evaluation, "a.jsonl", "--report", "OUT")
+    encoder = result("roberta-12e", loss=1.0, kind="encoder", history=[{"stage": "encoder", "flops": 0.0}])
+    command(evaluation, write("a.jsonl", [*losses, encoder]), "--report", "OUT")
     assert "| 2stage-bart-12e12d | 0.00e+00 | - | 4.000 |" in Path("OUT/tables.md").read_text()
 
 
