@@ -2,7 +2,7 @@
 # make test   environment, then the tests
 # make bench  speed and memory beside transformers and nn.Transformer (70 minutes)
 # make soak   200 kills of training runs at random instants, each resumed (about 10 minutes)
-# make fuzz   125,000 damaged files into every reader (about 15 minutes)
+# make fuzz   125,000 damaged files into every reader (about 10 minutes)
 
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
