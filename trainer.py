@@ -794,8 +794,10 @@ class _Log:
     def not_finite(self, steps: list[int]) -> str:
         """Writes down the samples of these steps; returns what to tell the user."""
         size, path = self.run.train.batch_size, self.run.folder / "not-finite.json"
-        samples = {step: list(range(step * size, (step + 1) * size)) for step in steps}
+        samples, where = {step: list(range(step * size, (step + 1) * size)) for step in steps}, f"samples in {path}"
         if rank() == 0:
-            with contextlib.suppress(OSError):  # a full disk may be the lesser trouble
+            try:
                 path.write_text(json.dumps({"seed": self.run.train.seed, "samples": samples}) + "\n")
-        return f"{self.run.out}: loss or gradients not finite in steps {steps}; samples in {path}; lower --lr"
+            except OSError as error:  # a full disk may be the lesser trouble
+                where = f"{path} cannot be written ({error.strerror})"
+        return f"{self.run.out}: loss or gradients not finite in steps {steps}; {where}; lower --lr"

@@ -230,6 +230,14 @@ def test_a_loss_that_is_not_a_number(encoder, launch, tmp_path, processes, paral
     assert noted == {"seed": 0, "samples": {str(step): list(range(8 * step, 8 * step + 8)) for step in (2, 3, 4)}}
 
 
+def test_not_finite_says_so_where_its_samples_cannot_be_written(encoder, launch, tmp_path):
+    """What stopped the run is told even if the file that names the samples cannot be made, as on a full disk."""
+    (tmp_path / "thrice.run" / "not-finite.json").mkdir(parents=True)
+    done = launch(1, "thrice", fault="nan 2 3 4", steps=6)
+    said = "not finite in steps [2, 3, 4]; thrice.run/not-finite.json cannot be written (Is a directory); lower --lr"
+    assert done.returncode == 2 and done.stderr.count("\n") <= 1 and said in done.stderr
+
+
 @pytest.mark.parametrize("fault, complaint", [("KILL 3", "another process"), ("hang 3", "did not answer within")])
 def test_a_rank_that_dies_or_hangs_ends_the_run(encoder, launch, tmp_path, fault, complaint):
     done = launch(2, "lost", "--timeout", 5, fault=fault)
