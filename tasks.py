@@ -570,9 +570,11 @@ def languages_of(folder: Path, train_language: str, chosen: list[str] | None) ->
         raise InputError(
             f"{folder}: no {train_language} in it to train on; choose --train-lang among {' '.join(found)}"
         )
+    if chosen:
+        return chosen
     if skipped := [language for language in found if language not in tested]:
         print(f"no test file, not scored: {' '.join(skipped)}")
-    return chosen or tested
+    return tested
 
 
 def evaluate(job: Job, body: nn.Module, lrs: list[float], n_seeds: int, test: dict[str, list[Item]]) -> Iterator[dict]:

@@ -370,6 +370,13 @@ def test_labels_that_training_never_saw(command, checkpoints, folder, capsys):
     assert "de: 2 labels that training never saw, scored as wrong" in capsys.readouterr().out
 
 
+def test_languages_without_a_test_set_are_named_unless_others_were_asked_for(folder, capsys):
+    (folder / "ner" / "pt").mkdir()
+    assert tasks.languages_of(folder / "ner", "en", None) == ["de", "en"]
+    assert capsys.readouterr().out == "no test file, not scored: pt\n"
+    assert tasks.languages_of(folder / "ner", "en", ["de"]) == ["de"] and not capsys.readouterr().out
+
+
 def test_a_run_that_learned_nothing_is_told(command, checkpoints, folder, capsys):
     command(evaluation, "enc.pt", "--task", "nli", "--data", folder / "nli", "--epochs", 1, "--lr", 1e-9)
     assert "warning: seed 0 collapsed to chance: dev" in capsys.readouterr().out
