@@ -9,6 +9,7 @@ everything, so that a kill meets training and not the start of Python.
 """
 
 import argparse
+import faulthandler
 import mmap
 import os
 import random
@@ -18,6 +19,7 @@ import socket
 import struct
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -26,6 +28,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # forking is safe as long as there are no t
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+from tqdm import tqdm
 
 import data
 import train_encoder
@@ -36,6 +39,7 @@ from checkpoint import load_checkpoint
 FLAGS = "--steps 24 --save-every 2 --eval-every 9 --keep 2 --batch-size 16 --seq-len 32 --dtype fp32 --dropout 0.1"
 MODEL = " --d-model 128 --n-heads 2 --d-ff 512 --encoder-layers 2"
 STAGES = {train_encoder: FLAGS + MODEL, train_seq2seq: FLAGS + " --init enc.pt --unfreeze-at 0.5"}
+HUNG = 300  # seconds after which a run, which takes five on a quiet machine, ends and says where it stood
 PHASES = ("starting", "updating", "validating", "saving")
 shared = mmap.mmap(-1, 16)  # what rank 0 is doing, and the steps it has done
 
@@ -68,6 +72,8 @@ def fork(module: object, flags: list[str], rank: int, world: int, port: int) -> 
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.argv = [module.__name__ + ".py", *flags]
+    tqdm.set_lock(threading.RLock())  # its own is one for all forks, and a killed process never gives it back
+    faulthandler.dump_traceback_later(HUNG, exit=True)
     status = 1
     try:
         data.run_command(module.main)
@@ -110,12 +116,12 @@ def run(module: object, world: int, out: str, rng: random.Random | None = None, 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     pids = [fork(module, flags, rank, world, port) for rank in range(world)]
-    statuses = ended(pids, rng.uniform(0, length / 2) if rng else 600)
+    statuses = ended(pids, rng.uniform(0, length / 2) if rng else 2 * HUNG)
     if rng and rng.random() < 1 / 3:
         while len(statuses) < world and struct.unpack("qq", shared[:])[0] != PHASES.index("saving"):
             statuses |= ended([pid for pid in pids if pid not in statuses], 0.002)
         time.sleep(rng.uniform(0, 0.03))
-    assert not any(statuses.values()), Path("log").read_text()[-2000:]
+    assert not any(statuses.values()), Path("log").read_text()[-4000:]
     if len(statuses) == world:
         return True
     left = [pid for pid in pids if pid not in statuses]
