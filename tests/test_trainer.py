@@ -526,17 +526,24 @@ def test_a_failed_save_leaves_the_last_good_checkpoint(command, data_dir, tmp_pa
 
 
 def test_a_full_disk_ends_a_run_with_one_line_and_it_can_go_on(data_dir, tmp_path, script):
-    flags = ["--data", data_dir, *SMALL, *ROWS, "--steps", 4, "--save-every", 1]
-    script("train_encoder.py", *flags, "--out", "whole.pt")
-    size = trainer.saved(tmp_path / "whole.run")[-1].stat().st_size
+    flags = ["--data", data_dir, *SMALL, *ROWS, "--steps", 4, "--save-every", 1, "--keep", 4]
+    script("train_encoder.py", *flags, "--out", "enc.pt")
+    expected = load_checkpoint(tmp_path / "enc.pt")["weights"]
+    (tmp_path / "enc.pt").unlink()
+    *_, second, third, last = trainer.saved(tmp_path / "enc.run")
+    third.unlink(), last.unlink()
+    size = second.stat().st_size
 
     def limited():
         resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1000, size - 1000))
 
-    full = script("train_encoder.py", *flags, "--out", "full.pt", preexec_fn=limited)
+    full = script("train_encoder.py", "--out", "enc.pt", "--resume", preexec_fn=limited)
     assert full.returncode == 2 and len(full.stderr.splitlines()) == 1, full.stderr
-    assert "cannot be written" in full.stderr
-    assert not list(tmp_path.rglob("*.part"))
+    assert "cannot be written" in full.stderr and "--resume" in full.stderr
+    assert not list(tmp_path.rglob("*.part")) and trainer.saved(tmp_path / "enc.run")[-1] == second
+    assert script("train_encoder.py", "--out", "enc.pt", "--resume").returncode == 0  # once there is room
+    weights = load_checkpoint(tmp_path / "enc.pt")["weights"]
+    assert all(torch.equal(weights[name], x) for name, x in expected.items())
 
 
 def test_rows_without_a_target_are_no_error(command, data_dir, tmp_path):
