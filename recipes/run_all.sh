@@ -78,7 +78,7 @@ score() { # TASK CHECKPOINT: the scores go to results.jsonl when all are there
 }
 
 scores() { # encoder|seq2seq CHECKPOINT...: the tasks of this kind that there is data for
-  local tasks="pos ner slots nli"
+  local checkpoint task name tasks="pos ner slots nli"
   [ $1 = encoder ] || tasks="parse summ"
   shift
   for checkpoint in "$@"; do
@@ -117,6 +117,7 @@ jobs() { # costs are about those of 100 MLM updates, as one sees them with `tiny
     job $name 40 row $name
     job $name+mlm 4 row $name+mlm
     scores encoder $name $name+mlm
+    scores seq2seq $name
   done
   job 2stage-bart-12e12d-attn-f 25 row 2stage-bart-12e12d-attn-f
   scores seq2seq 2stage-bart-12e12d-attn-f

@@ -178,6 +178,8 @@ def test_run_all_goes_on_where_it_was_stopped(run_all, tmp_path):
         "slots.random",
     ]  # ner: in no language of the data
     assert "parse.mini-seed1.bart-12e12d" in names and "roberta-12e.seed2" in names
+    assert {f"pos.{row}" for row in FROM_SCRATCH + MLM} <= set(names)
+    assert {f"parse.{row}" for row in FROM_SCRATCH + TWO_STAGE} - {"parse.roberta-12e"} <= set(names)
     whole, interrupted = [], 0
     for fail_at in ("5", "40", ""):  # commands into each start; a failed one stands for a kill
         done, commands = run_all(FAIL_AT=fail_at)
