@@ -80,15 +80,15 @@ def mask_tokens(
 
 
 def sample_spans(
-    length: int, density: float, mean_span: float, rng: np.random.Generator
+    length: int, density: float, mean_span: float, rng: np.random.Generator, most: int = 1 << 62
 ) -> tuple[np.ndarray, np.ndarray]:
     """Disjoint spans of 0..length-1, in order: (starts [n], lengths [n]) with sum(lengths) == round(length * density).
 
     Span lengths are Poisson(mean_span) given that they are not 0, the last one drawn is cut to meet the budget, and at
-    least one token parts two spans (where more are drawn than the tokens left can part, neighbours are joined). Spans
-    and single tokens lie on a circle in random order and the circle is cut at random, so every position is equally
-    likely to be noise; a span across the cut becomes two. Raises InputError for a length below 1, a density outside
-    [0, 1) or a mean_span outside (0, 1000].
+    least one token parts two spans (where more are drawn than `most`, or than the tokens left can part, neighbours are
+    joined). Spans and single tokens lie on a circle in random order and the circle is cut at random, so every position
+    is equally likely to be noise; a span across the cut becomes two. Raises InputError for a length below 1, a density
+    outside [0, 1) or a mean_span outside (0, 1000].
 
     sample_spans(6, 0.5, 3.0, rng) may give starts [1 5] and lengths [2 1].
     """
@@ -106,8 +106,8 @@ def sample_spans(
     lengths[-1] -= total[len(lengths) - 1] - budget
     lengths = lengths[_choose(len(lengths), len(lengths), rng)]
     single = length - budget
-    if len(lengths) > single:
-        lengths = np.add.reduceat(lengths, np.arange(single) * len(lengths) // single)
+    if len(lengths) > (most := min(most, single)):
+        lengths = np.add.reduceat(lengths, np.arange(most) * len(lengths) // most)
     # Each span takes one single token along behind it; choose which of these tokens have a span before them.
     starts = np.sort(_choose(single, len(lengths), rng)) + lengths.cumsum() - lengths
     starts = (starts + int(rng.random() * length)) % length
@@ -168,8 +168,9 @@ def noise_row(
     """De-noising example of a row [L]: (source, target). The target is the whole clean row, or the spans (sentinel).
 
     Exactly round(L * density) tokens are noise. Special tokens are never among them: spans are sampled over the
-    ordinary tokens, and one that would run across a document's end is split there. Raises InputError for another
-    noise, OneProcessError for a row that has too few ordinary tokens or, with sentinels, too many spans.
+    ordinary tokens, and one that would run across a document's end is split there. With sentinels neighbouring spans
+    are joined where the sentinels, or the length of the row for its target, would not do. Raises InputError for another
+    noise, OneProcessError for a row with too few ordinary tokens, or too many special ones for its sentinels.
     """
     ordinary = np.flatnonzero(tokens >= ids.ordinary)
     budget = round(len(tokens) * density)
@@ -178,7 +179,10 @@ def noise_row(
             f"{budget} of {len(tokens)} tokens were to be noise, the row has {len(ordinary)} ordinary ones: "
             "lower the density"
         )
-    spans = sample_spans(len(ordinary), budget / len(ordinary), mean_span, rng)
+    left, special, most = len(tokens) - budget, len(tokens) - len(ordinary), 1 << 62
+    if noise == "sentinel":  # the cut of the circle and each special token may make one more
+        most = max(1, min(ids.n_sentinels, left) - special - 2)
+    spans = sample_spans(len(ordinary), budget / len(ordinary), mean_span, rng, most)
     is_noise = np.zeros(len(tokens) + 2, np.int8)
     is_noise[1 + ordinary[_inside(len(ordinary), *spans)]] = 1
     edges = np.diff(is_noise)

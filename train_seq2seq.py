@@ -42,7 +42,7 @@ class DenoiseConfig:
 def seq2seq_objective(ids: SpecialIds, cfg: DenoiseConfig) -> trainer.Objective:
     """A row [L] -> source [S], decoder input [T] (the target behind <s>) and target [T] of Seq2Seq.
 
-    It raises OneProcessError for a target longer than the row, which sentinels of many short spans can make.
+    It raises OneProcessError for a target longer than the row, which sentinels make where nearly all of it is noise.
     """
 
     def objective(tokens: np.ndarray, rng: np.random.Generator) -> trainer.Example:
@@ -51,8 +51,8 @@ def seq2seq_objective(ids: SpecialIds, cfg: DenoiseConfig) -> trainer.Objective:
         else:
             src, tgt_out = noise_row(tokens, rng, ids, cfg.noise, cfg.noise_density, cfg.mean_span)
         if len(tgt_out) > len(tokens):
-            asked = f"--noise-density {cfg.noise_density} --mean-span {cfg.mean_span}"
-            raise OneProcessError(f"{asked}: a target of {len(tgt_out)} tokens for a row of {len(tokens)}; fewer spans")
+            asked = f"--noise-density {cfg.noise_density}: a target of {len(tgt_out)} tokens"
+            raise OneProcessError(f"{asked} for a row of {len(tokens)}; lower the density")
         return {"src": src, "tgt_in": np.concatenate([[ids.bos], tgt_out[:-1]]), "tgt_out": tgt_out}
 
     return objective

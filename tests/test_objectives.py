@@ -6,7 +6,7 @@ from math import exp, lgamma, sqrt
 import numpy as np
 import pytest
 from conftest import ROOT
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from objectives import (
@@ -181,13 +181,26 @@ def test_noise_of_a_row(length, density, seed):
     assert (masked[masked != IDS.mask] == dropped).all() and (clean == tokens).all()
     assert (dropped == IDS.eos).sum() == (tokens == IDS.eos).sum()  # no document end is lost
     assert ((masked == IDS.mask).sum() > 0) == (budget > 0)
-    if (masked == IDS.mask).sum() < IDS.n_sentinels:
-        source, target = noise_row(tokens, sample_rng(seed, NOISE, 0), IDS, "sentinel", density)
+
+
+@given(lengths, st.floats(0, 0.9), st.floats(0.1, 5), seeds)
+def test_there_are_sentinels_for_any_row(length, density, mean_span, seed):
+    """As many of its tokens are noise as in the other noises; the target is no longer than the row."""
+    tokens = row_of(length, sample_rng(seed, ORDER, 0))
+    budget, special = round(length * density), (tokens == IDS.eos).sum()
+    assume(special <= 90 and length - budget - special >= 3)
+    source, target = noise_row(tokens, sample_rng(seed, NOISE, 0), IDS, "sentinel", density, mean_span)
+    assert put_back(source, target).tolist() == tokens.tolist()
+    assert (target >= IDS.ordinary).sum() == budget and len(target) <= length
+    masked, _ = noise_row(tokens, sample_rng(seed, NOISE, 0), IDS, "mask", density, mean_span)
+    if (masked == IDS.mask).sum() <= min(IDS.n_sentinels, length - budget) - special - 2:  # none to join
         assert (np.where((source >= 6) & (source < 106), IDS.mask, source) == masked).all()
-        assert put_back(source, target).tolist() == tokens.tolist()
-    else:
-        with pytest.raises(ValueError, match="sentinels"):
-            noise_row(tokens, sample_rng(seed, NOISE, 0), IDS, "sentinel", density)
+
+
+def test_more_special_tokens_than_sentinels_are_refused():
+    tokens = np.where(np.arange(1024) % 8, 200, IDS.eos)
+    with pytest.raises(ValueError, match="sentinels"):
+        noise_row(tokens, sample_rng(0, NOISE, 0), IDS, "sentinel", 0.8)
 
 
 def put_back(source: np.ndarray, target: np.ndarray) -> np.ndarray:

@@ -363,12 +363,8 @@ def test_bad_flags_get_one_line(command, data_dir, encoder, tmp_path, module, fl
         (["--noise-density", 0.99], "lower the density"),
         (["--noise-density", 0.99, "--workers", 1], r"^\d+ of \d+ tokens"),  # not behind a worker's traceback
         (
-            ["--noise", "sentinel", "--noise-density", 0.5, "--mean-span", 0.1, "--seq-len", 300],
-            "there are 100: use shorter",
-        ),
-        (
-            ["--noise", "sentinel", "--noise-density", 0.6, "--mean-span", 0.5, "--seq-len", 32],
-            r"--mean-span 0\.5: a target of \d\d tokens for a row of 32; fewer spans",
+            ["--noise", "sentinel", "--noise-density", 0.93, "--mean-span", 1, "--seq-len", 32],
+            r"--noise-density 0\.93: a target of 33 tokens for a row of 32; lower",
         ),
     ],
 )
