@@ -3,9 +3,11 @@
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -274,6 +276,32 @@ def test_row_workers(command, data_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(TokenData, "row", damaged)
     with pytest.raises(InputError, match="^[^\n]*: a shard holds token [^\n]*; run data.py again$"):
         command(train_encoder, *flags, "--out", "damaged.pt", "--workers", 1)
+
+
+def test_a_signal_to_the_whole_group_lets_the_last_update_have_its_rows(data_dir, tmp_path):
+    """As `timeout` and schedulers send it: row workers hear it, too."""
+    line = [sys.executable, ROOT / "train_encoder.py", "--data", data_dir, *SMALL, *ROWS, "--steps", 10**6]
+    run = subprocess.Popen(
+        [*map(str, line), "--workers", "2", "--log-every", "1"],
+        cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    log = tmp_path / "enc.run" / "metrics.jsonl"
+    while run.poll() is None and not (log.exists() and log.read_text().count("\n") > 5):
+        time.sleep(0.05)
+    os.killpg(run.pid, signal.SIGTERM)
+    said, _ = run.communicate(timeout=60)
+    steps = int(re.search(r"stopped by a signal after (\d+) steps, all saved", said)[1])
+    assert run.returncode == 0 and trainer.saved(tmp_path / "enc.run")[-1].stem == f"{steps:09d}"
+
+
+def test_processes_wait_for_the_embedded_corpus_whether_they_find_it_made_or_not(monkeypatch):
+    """One that comes after it was made must not leave the others waiting."""
+    trainer.open_data(trainer.SAMPLE, 32)
+    monkeypatch.setattr(trainer.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(trainer.dist, "barrier", lambda: waited.append(1))
+    waited = []
+    trainer.open_data(trainer.SAMPLE, 32)
+    assert waited == [1]
 
 
 def test_one_run_at_a_time(command, data_dir, tmp_path):
