@@ -12,6 +12,7 @@ documents closed by </s>. Sample i is a pure function of (seed, i).
 """
 
 import argparse
+import contextlib
 import gzip
 import io
 import json
@@ -19,7 +20,9 @@ import lzma
 import os
 import random
 import re
+import signal
 import sys
+import uuid
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -63,15 +66,19 @@ def world() -> int:
 
 
 def say(line: str) -> None:
-    """Prints a line once, however many processes there are, and leaves a progress bar whole."""
+    """Prints a line once, however many processes there are, and leaves a progress bar whole.
+
+    A run outlives its terminal, or the disk that takes what it prints: what cannot be written is let go.
+    """
     if rank() == 0:
-        tqdm.write(line)
+        with contextlib.suppress(OSError):
+            tqdm.write(line)
 
 
 def out_of_memory(error: Exception) -> bool:
     """Whether it says so: numpy by a MemoryError, torch by a RuntimeError."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
+    signs = ("out of memory", "allocate memory", "size calculation overflowed")
+    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -81,19 +88,27 @@ def run_command(main: Callable[[], None]) -> None:
     of a tensor in that moment would abort it, its work all done (github.com/pytorch/pytorch/issues/190489).
     """
     status = 0
+    name = Path(sys.argv[0]).name
     try:
         main()
+        sys.stdout.flush()
     except InputError as error:
         if rank() == 0 or isinstance(error, OneProcessError):  # under torchrun every process finds the same mistake
-            print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         status = 2
-    except PermissionError as error:
-        print(f"{error.filename}: permission denied; change its permissions or name another", file=sys.stderr)
+    except OSError as error:
+        if error.filename is None:  # of what it prints: the rest has nowhere to go
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         status = 2
+        if isinstance(error, BrokenPipeError):  # whoever read it, `head` for one, is gone
+            status = 128 + signal.SIGPIPE
+        else:
+            where, reason = error.filename or f"{name}: its output", (error.strerror or str(error)).lower()
+            print(f"{where}: {reason}; change its permissions, make room or name another", file=sys.stderr)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        name, reason = Path(sys.argv[0]).name, str(error).split("\n")[0][:200]
+        reason = str(error).split("\n")[0][:200]
         print(f"{name}: out of memory ({reason}); smaller micro-batches or a smaller model need less", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
@@ -114,6 +129,19 @@ def refuse_outside(path: Path, folder: Path) -> None:
         raise InputError(f"{path}: a symbolic link out of {folder}; copy the file there instead")
 
 
+def unpacked(path: Path) -> str:
+    """A path without .gz or .xz."""
+    return str(path).removesuffix(".gz").removesuffix(".xz")
+
+
+def refuse_packed_twice(files: list[Path]) -> None:
+    """Raises InputError where a file is there packed and unpacked: its text would count twice."""
+    seen: dict[str, Path] = {}
+    for path in files:
+        if (other := seen.setdefault(unpacked(path), path)) is not path:
+            raise InputError(f"{other} and {path.name}: one file, packed and not; remove either")
+
+
 def find_text(folder: Path) -> dict[str, list[Path]]:
     """The text files of every language in a folder, in a fixed order.
 
@@ -128,14 +156,18 @@ def find_text(folder: Path) -> dict[str, list[Path]]:
             refuse_outside(entry, folder)
         files = [p for p in (path, *inside) if p.name.endswith(EXTENSIONS) and p.is_file()]
         if files and not path.name.startswith("."):
+            if not path.name.isprintable():  # no JSON holds a name that is not UTF-8
+                raise InputError(f"{folder}/{path.name!r}: a name that is not UTF-8, or not printable; rename it")
             found.setdefault(path.name.split(".")[0], []).extend(files)
+    for files in found.values():
+        refuse_packed_twice(files)
     if not found:
         raise InputError(f"{folder}: no text in it; it should hold <lang>.txt or <lang>/*.txt (also jsonl, .gz, .xz)")
     return found
 
 
 def _is_text(path: Path) -> bool:
-    return path.name.removesuffix(".gz").removesuffix(".xz").endswith(".txt")
+    return unpacked(path).endswith(".txt")
 
 
 def raw_documents(path: Path, progress: Callable[[int], None] = lambda n: None) -> Iterator[tuple[int, bytes]]:
@@ -204,7 +236,9 @@ def text_lines(text: str) -> list[str]:
 
 
 def sample_lines(files: list[Path], n_chars: int, seed: int) -> list[str]:
-    """A uniform sample of about n_chars characters of lines, from at most 32 times as much text, spread over files."""
+    """A uniform sample of about n_chars characters of lines, spread over files: from 32 times as much text, or 1 MB of
+    each where that is more.
+    """
     rng, kept, size, seen = random.Random(seed), [], 0, 0
     files = rng.sample(files, len(files))
     share = max(1 << 20, 32 * n_chars // len(files))
@@ -405,7 +439,7 @@ def _refuse_occupied(data_dir: Path, part: int, n_parts: int) -> None:
             raise InputError(
                 f"{data_dir / min(mine)}: there already; remove *.{part}of{n_parts}.* to make the part again"
             )
-        names = [name for name in names if name != "tokenizer.model" and f"of{n_parts}." not in name]
+        names = [x for x in names if x != "tokenizer.model" and f"of{n_parts}." not in x and not x.endswith(".tmp")]
     if names or (data_dir.exists() and not data_dir.is_dir()):
         raise InputError(f"{data_dir}: exists and is not an empty folder; remove it or name another")
 
@@ -474,7 +508,7 @@ def prepare(
 
 def _write(path: Path, content: bytes) -> None:
     """Writes a whole file or none: other parts may be reading it, or writing the same."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")  # two containers may be process 7 both
     temporary.write_bytes(content)
     temporary.rename(path)
 
@@ -486,10 +520,11 @@ def read_meta(folder: Path) -> dict:
     """
     names = sorted(path.name for path in folder.glob("meta*.json"))
     if not names:
-        raise InputError(
-            f"{folder}: no meta.json in it: not a data folder, or `python data.py` did not finish; "
-            "remove it and run that again"
-        )
+        if not folder.is_dir():  # that a checkpoint names counts from the folder it was trained in
+            raise InputError(f"{folder}: no such folder; name one made by data.py with --data")
+        if not (folder / "tokenizer.model").exists():
+            raise InputError(f"{folder}: no meta.json in it; `python data.py {folder} DATA` makes a folder of its text")
+        raise InputError(f"{folder}: no meta.json in it, data.py did not finish; remove it and run that again")
     several = re.fullmatch(r"meta\.[0-9]+of([0-9]{1,4})\.json", names[0])
     expected = [f"meta.{i}of{several[1]}.json" for i in range(1, int(several[1]) + 1)] if several else ["meta.json"]
     if missing := [name for name in expected if name not in names]:
@@ -670,7 +705,8 @@ class TokenData:
         if len(tokens) < self.seq_len:
             raise InputError(
                 f"{language!r} has {len(tokens)} tokens held out, a row takes {self.seq_len}: "
-                "prepare the data with a larger --valid-fraction, or lower --seq-len"
+                "prepare the data with a larger --valid-fraction (whole documents are held out; blank lines part them) "
+                "or lower --seq-len"
             )
         return len(tokens) // self.seq_len
 

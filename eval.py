@@ -14,6 +14,7 @@ python eval.py results.jsonl --report OUT                        # the tables of
 import argparse
 import json
 import math
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,7 @@ def print_losses(
     dtype: str,
 ) -> None:
     """The held-out loss of each language; every number goes to --out."""
+    append(args.out, [])  # better now than after all of it
     losses = trainer.held_out_loss(model, data, languages, objective, dtype)
     entropies = {language: data.unigram_entropy(language) for language in losses}
     print("language   rows   loss  perplexity  unigram entropy")
@@ -185,16 +187,17 @@ def print_cost(paths: list[Path]) -> None:
         if not {"encoder", "seq2seq"} <= stages.keys():
             print("  one model so far: nothing to save\n")
             continue
-        ids, first = SpecialIds(checkpoint["config"]["vocab_size"]), history[0]
+        ids = SpecialIds(checkpoint["config"]["vocab_size"])
+        steps = sum(x["steps"] for x in takewhile(lambda x: x["stage"] == history[0]["stage"], history))
         config = ModelConfig.__dataclass_fields__.keys() & stages["seq2seq"]["settings"].keys()
         config = {name: stages["seq2seq"]["settings"][name] for name in config}
         try:
             per_update = {x: scratch_flops(x, config, stages[x]["settings"], ids) for x in ("encoder", "seq2seq")}
         except (KeyError, TypeError) as missing:
             raise InputError(f"{path}: its history lacks {missing}; only our training scripts' can be priced") from None
-        both = first["steps"] * sum(per_update.values())
+        both = steps * sum(per_update.values())
         saved = 1 - total["flops"] / both if both else 0.0
-        print(f"  both from scratch at {first['steps']:,} updates each: {both:.3g} FLOPs; saved {saved:.1%}\n")
+        print(f"  both from scratch at {steps:,} updates each: {both:.3g} FLOPs; saved {saved:.1%}\n")
     print_paper_saving()
 
 
@@ -301,8 +304,9 @@ def _parse_flags() -> argparse.Namespace:
     for name, least in (("beams", 1), ("seeds", 1), ("epochs", 0), ("n_train", 0), ("batch_size", 1)):
         if getattr(args, name) < least:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least {least}")
-    if args.lr and not min(args.lr) > 0:
-        raise InputError(f"--lr {min(args.lr)}: it must be over 0")
+    for lr in args.lr or []:
+        if not 0 < lr < math.inf:
+            raise InputError(f"--lr {lr}: it must be over 0, and finite")
     return args
 
 

@@ -277,10 +277,12 @@ def main() -> None:
         raise InputError("--from-hf and --to-hf: one at a time")
     if args.to_hf is None and args.out.exists():
         raise InputError(f"{args.out}: exists; give another --out")
+    if args.to_hf is None and not args.out.parent.is_dir():
+        raise InputError(f"{args.out.parent}: no such folder to write {args.out.name} to; create it")
     if args.from_hf:
         save_checkpoint(args.out, from_hf(args.from_hf))
         return
-    part = args.to_hf and args.to_hf.with_name(args.to_hf.name + ".part")
+    part = args.to_hf and Path(f"{args.to_hf}.part")
     for folder in (args.to_hf, part):
         if folder and folder.exists():
             raise InputError(f"{folder}: exists; remove it or give another folder")

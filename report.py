@@ -21,7 +21,8 @@ ROWS += ["2stage-bart-12e12d", "2stage-bart-12e12d-attn-f", "2stage-bart-12e12d-
 
 def read_results(paths: list[Path]) -> list[dict]:
     """The losses and scores of JSON lines files. Raises InputError with the line."""
-    results = []
+    results: list[dict] = []
+    ways: dict[tuple[str, str], dict] = {}  # how a model was fine-tuned on a task
     for path in paths:
         for number, line in lines(path):
             try:
@@ -29,12 +30,20 @@ def read_results(paths: list[Path]) -> list[dict]:
                 row["flops"] = sum(stage["flops"] for stage in row["history"])
                 # A model from elsewhere has no history, an extracted encoder's last stage no settings.
                 row["settings"] = dict(row["history"][-1].get("settings", {})) if row["history"] else {}
-                row["row"], row["run"] = Path(row["checkpoint"]).stem, f"{path}:{row['checkpoint']}:{row.get('seed')}"
+                row["row"] = Path(row["checkpoint"]).stem
+                row["run"] = f"{path}:{os.path.abspath(row['checkpoint'])}:{row.get('seed')}"
                 row["main"] = row["loss"] if row["task"] == "loss" else row["scores"][METRICS[row["task"]][0]]
                 needed = ("language", "kind") + (() if row["task"] == "loss" else ("train_lang",))
                 results.append(row | {"path": path} | {name: row[name] for name in needed})
+                how = {
+                    name: row.get(name) for name in ("train_lang", "n_train", "epochs", "batch_size", "freeze", "beams")
+                }
+                before = ways.setdefault((row["row"], row["task"]), how)
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise InputError(f"{path}:{number}: not a result of eval.py; remove the line") from None
+            if odd := [f"{name} {how[name]}, not {before[name]}" for name in how if how[name] != before[name]]:
+                what = f"{row['row']} in {row['task']} with {', '.join(odd)} as before"
+                raise InputError(f"{path}:{number}: {what}; keep other ways of fine-tuning in a file of their own")
     if not results:
         names = " ".join(map(str, paths))
         raise InputError(f"{names}: no results in it; eval.py CHECKPOINT --task pos ... --out {paths[0]} adds some")

@@ -9,6 +9,7 @@ import gzip
 import json
 import lzma
 import math
+import re
 import statistics
 import unicodedata
 import zlib
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import trainer
-from data import out_of_memory
+from data import out_of_memory, refuse_packed_twice
 from model import Fusion, generate
 from objectives import InputError, SpecialIds
 
@@ -62,7 +63,7 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
     opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     number = 0
     try:
-        with opener(path, "rt", encoding="utf-8", newline="\n") as file:
+        with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
             for number, line in enumerate(file, 1):
                 yield number, line.rstrip("\r\n")
     except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
@@ -145,7 +146,8 @@ READERS: dict[str, Callable[[Path], Iterator[Item]]] = {
 
 def read_split(task: str, folder: Path, language: str, split: str) -> list[Item]:
     """All items of DIR/<language>/<split>.*. Raises InputError where there is no such file, or nothing in it."""
-    files = sorted((folder / language).glob(f"{split}.*"))
+    files = sorted(path for path in (folder / language).glob(f"{split}.*") if not path.name.endswith("~"))
+    refuse_packed_twice(files)
     if not files:
         raise InputError(f"{folder / language}: no {split} file in it; add one or leave the language out")
     items = [item for path in files for item in READERS[task](path)]
@@ -197,10 +199,16 @@ def well_formed(tree: str) -> bool:
     return depth == 0 and len(parts) > 1
 
 
+WITHOUT_SPACES = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+
+
 def rouge_words(text: str) -> list[str]:
-    """Lower-case runs of letters and digits (with their combining marks: Hindi and Tamil vowels are such)."""
+    """Lower-case runs of letters and digits (with their combining marks: Hindi and Tamil vowels are such).
+
+    In scripts without spaces (Chinese, Japanese, Thai, Lao, Burmese, Khmer) each character is a word.
+    """
     kept = (c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in text.lower())
-    return "".join(kept).split()
+    return re.sub(f"[{WITHOUT_SPACES}]", r" \g<0> ", "".join(kept)).split()
 
 
 def rouge(gold: str, predicted: str) -> tuple[float, float, float]:
@@ -258,7 +266,8 @@ def majority(task: str, train: list[Item], items: list[Item]) -> list[Item]:
 class Heads(nn.Module):
     """Linear heads on an encoder: a tag for each word, at its first piece; a label from the mean over all tokens.
 
-    With a frozen encoder the heads read an attention fusion of all its layers (Cao, Satya Prakash, Hamza 2022).
+    With a frozen encoder, and of a seq2seq model that has one, the heads read an attention fusion of all its layers
+    (Cao, Satya Prakash, Hamza 2022).
     """
 
     def __init__(self, body: nn.Module, n_tags: int, n_labels: int, freeze: bool):
@@ -566,9 +575,10 @@ def languages_of(folder: Path, train_language: str, chosen: list[str] | None) ->
     for language in chosen or []:
         if language not in tested:
             raise InputError(f"{folder / language}: no test file; choose --langs among {' '.join(tested)}")
-    if train_language not in found:
+    trained = [language for language in found if any((folder / language).glob("train.*"))]
+    if train_language not in trained:
         raise InputError(
-            f"{folder}: no {train_language} in it to train on; choose --train-lang among {' '.join(found)}"
+            f"{folder}: no {train_language} in it to train on; choose --train-lang among {' '.join(trained)}"
         )
     if chosen:
         return chosen

@@ -89,8 +89,9 @@ class TrainConfig:
         for name in ("warmup", "alpha"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be in [0, 1]")
-        if self.timeout > 10**7:
-            raise ValueError(f"timeout is {self.timeout}: it must be at most 10,000,000 seconds")
+        for name, most in (("timeout", 10**7), ("workers", 1000)):
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at most {most:,}")
 
 
 # They change no result but by rounding, and with dropout by which units a row loses.
@@ -244,7 +245,8 @@ def _check_state(path: Path, state: dict) -> None:
 def _resumed(stored: dict, flags: dict, newest: Path) -> dict:
     """The stored settings of a run, with those flags that change no result; any other flag must agree."""
     for name, value in flags.items():
-        if name not in FREE_ON_RESUME and stored.get(name) != value:
+        by_default = value == 0 and name in ("lr", "embed_lr", "max_len")
+        if name not in FREE_ON_RESUME and stored.get(name) != value and not by_default:
             started = f"{newest} was started with {stored.get(name)}"
             remedy = "leave the flag out, or start anew under another --out"
             raise InputError(f"{flag_name(name)} {value}: {started}; {remedy}")
@@ -317,7 +319,10 @@ def _start_processes(timeout: int) -> None:
     keep_memory()
     if world() > 1 and not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        try:
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        except ValueError as error:  # WORLD_SIZE without the rest
+            raise InputError(f"the environment is not torchrun's ({error}); start with torchrun") from None
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
 
@@ -625,7 +630,9 @@ def _fit(
         began = time.perf_counter()
     if cfg.steps == 0 and not run.state:
         save()
-    if not run.out.exists():
+    if run.out.exists():
+        say(f"{run.out}: done already, after {cfg.steps} steps")
+    else:
         if dist.is_initialized():
             dist.barrier()  # whoever comes late must still see that there was no file
         save_checkpoint(run.out, checkpoint())
@@ -751,6 +758,8 @@ class _Log:
                 kept = [line for line in old if line["step"] < done + ("held_out" in line)]
                 for part in run.folder.glob("*.part"):  # of a save that was cut short
                     part.unlink()
+                if run.state is None and self.path.exists():  # of a run whose checkpoints are gone
+                    self.path.rename(run.folder / f"metrics-{len(list(run.folder.glob('metrics*')))}.jsonl")
                 self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
             except BlockingIOError:
                 self.lock.close()

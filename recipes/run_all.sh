@@ -10,6 +10,7 @@
 #
 # The rows that carry the claim and their scores come first, then those again from other seeds, the sweep, the rest.
 # A job that is done has a file in runs/$SCALE/done, which holds its cost and its seconds.
+unset CDPATH # with it, cd prints where it went
 TASKS=${TASKS:-$(dirname "$0")/../sample}
 [ -d "$TASKS" ] || { echo "TASKS=$TASKS: no such folder" >&2 && exit 2; }
 TASKS=$(cd "$TASKS" && pwd)

@@ -8,6 +8,7 @@
 # Models go to runs/$SCALE, those of another seed to runs/$SCALE-seed$SEED. Flags of a recipe are handed on to its
 # training command, after its own: --steps 0 writes the initialised model, --resume goes on.
 set -eu
+unset CDPATH # with it, cd prints where it went
 
 # From scratch; the second stage, 0.7 of it; the MLM continuation, 1/5 of it.
 MLM=(--mask-prob 0.15)

@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, ROWS, SMALL
 
 import data
 
@@ -120,6 +121,27 @@ def test_a_folder_that_may_not_be_read_is_one_line(tmp_path, capsys):
         if root:
             os.seteuid(0)
     assert re.fullmatch(r"/\S+: permission denied; [^\n]*\n", capsys.readouterr().err)
+
+
+def test_output_that_nobody_reads_or_no_disk_takes_is_no_traceback(tmp_path):
+    line = [sys.executable, "-c", "import data; data.run_command(lambda: print('x' * 10**6))"]
+    for flags, status, said in (("| true", 141, ""), ("> /dev/full", 2, "-c: its output: no space left on device; ")):
+        shell = f"{shlex.join(line)} {flags}; exit ${{PIPESTATUS[0]}}"
+        done = subprocess.run(["bash", "-c", shell], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == status and done.stderr.startswith(said) and done.stderr.count("\n") == bool(said)
+    line = [sys.executable, ROOT / "train_encoder.py", *SMALL, *ROWS, "--steps", 3, "--eval-every", 1]
+    shell = f"{shlex.join(map(str, line))} | true; exit ${{PIPESTATUS[0]}}"
+    unbuffered = dict(os.environ, PYTHONUNBUFFERED="1")  # every line meets the closed pipe, and the run outlives it
+    done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, env=unbuffered, stderr=subprocess.PIPE, text=True)
+    assert not done.stderr and done.returncode == 0 and (tmp_path / "enc.pt").exists()
+
+
+def test_a_name_too_long_is_one_line(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        data.run_command(lambda: open("x" * 300))
+    assert capsys.readouterr().err.endswith(
+        "xxx: file name too long; change its permissions, make room or name another\n"
+    )
 
 
 def test_the_embedded_corpus():

@@ -1,6 +1,7 @@
 import gzip
 import json
 import lzma
+import os
 import shutil
 from collections import Counter
 
@@ -199,7 +200,8 @@ def test_parts_of_several_machines_are_the_same_data(text_dir, data_dir, tmp_pat
             (tmp_path / "text" / language / f"{number}.txt").write_text("\n\n".join(documents), "utf-8")
     whole = TokenData(data_dir, 16)
     for n in (2, 3, 20):
-        out = tmp_path / f"out{n}"
+        (out := tmp_path / f"out{n}").mkdir()
+        (out / "tokenizer.model.0.tmp").touch()  # that another part is just writing
         for i in reversed(range(1, n + 1)):
             part = prepare(tmp_path / "text", out, 0, data_dir / "tokenizer.model", 0.2, part=(i, n))
             data.print_table(part)
@@ -263,7 +265,11 @@ def test_unigram_entropy(data_dir):
 @pytest.mark.parametrize(
     "damage, complaint",
     [
-        (lambda f: (f / "meta.json").unlink(), "no meta.json"),
+        (lambda f: (f / "meta.json").unlink(), "no meta.json in it, data.py did not finish; remove it"),
+        (
+            lambda f: [path.unlink() for path in f.iterdir() if path.suffix != ".bin"],
+            "no meta.json in it; `python data.py .*copy DATA` makes",
+        ),
         (lambda f: (f / "meta.json").write_text("{"), "meta.json: damaged"),
         (lambda f: (f / "meta.json").write_text("{}"), "meta.json: damaged"),
         (lambda f: (f / "meta.json").rename(f / "meta.1of2.json"), r"no meta\.2of2\.json: run that part"),
@@ -368,6 +374,8 @@ def test_a_row_depends_on_seed_and_index_alone(data_dir):
         (["text", "out", "--part", "3/2"], "--part 3/2: it must be I/N"),
         (["text", "out", "--part", "2"], "--part 2: it must be I/N"),
         (["text", "out", "--part", "1/2"], "--part 1/2: the parts need one tokenizer"),
+        (["twice", "out"], "twice/en.txt and en.txt.gz: one file, packed and not; remove either"),
+        (["odd", "out"], "'espa\\udcf1ol.txt': a name that is not UTF-8, or not printable; rename it"),
         (["text", "out", "--vocab-size", "900000"], "--vocab-size 900000 does not fit this text"),
     ],
 )
@@ -376,6 +384,9 @@ def test_bad_commands(script, tmp_path, text_dir, arguments, complaint):
         (tmp_path / folder).mkdir()
     (tmp_path / "blank" / "en.txt").write_text("\n \n")
     (tmp_path / "full" / "precious").write_text("data")
+    for name in ("twice/en.txt", "twice/en.txt.gz", os.fsdecode(b"odd/espa\xf1ol.txt")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("a")
     shutil.copytree(text_dir, tmp_path / "text")
     result = script("data.py", *arguments)
     assert result.returncode == 2 and complaint in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr

@@ -163,7 +163,7 @@ def test_without_a_task_it_shows_losses_and_samples(command, checkpoints, capsys
         (["enc.pt", "--task", "fill", "<mask> " * 40], "the model 32 positions; shorten it"),
         (["enc.pt", "--task", "fill", "caf\udce9 <mask>"], "not UTF-8; convert the sentence"),
         (["enc.pt", "--langs", "xx"], "--langs xx: not in the data, which has de en hi"),
-        (["enc.pt", "--data", "nowhere"], "nowhere: no meta.json"),
+        (["enc.pt", "--data", "nowhere"], "nowhere: no such folder"),
         (["seq2seq.pt", "--beams", "0"], "--beams 0"),
         (["enc.pt", "--out", "no/where.jsonl"], "no/where.jsonl: cannot be written"),
     ],
@@ -220,6 +220,10 @@ def test_cost_adds_up_over_the_ancestry(command, data_dir, checkpoints, capsys):
     assert f"both from scratch at 2 updates each: {both:.3g} FLOPs" in lines[5]
     assert f"saved {1 - sum(flops['two.pt']) / both:.1%}" in lines[5]
     assert "one model so far" in cost(command, capsys, "scratch.pt")[4]
+    two = torch.load(checkpoints / "two.pt", weights_only=True)
+    two["history"].insert(0, {**two["history"][0], "steps": 1})  # an encoder trained in two goes
+    torch.save(two, checkpoints / "goes.pt")
+    assert "both from scratch at 3 updates each" in cost(command, capsys, "goes.pt")[6]
     two = torch.load(checkpoints / "two.pt", weights_only=True)
     del two["history"][0]["settings"]["batch_size"]
     torch.save(two, checkpoints / "poor.pt")

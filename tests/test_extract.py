@@ -230,6 +230,8 @@ def test_folders_of_others_are_refused(command, checkpoints):
     refused(command, "nowhere/config.json: missing or damaged", "--from-hf", "nowhere", *out)
     command(extract, "enc.pt", "--to-hf", "hf")
     refused(command, "hf: exists; remove it or give another folder", "seq2seq.pt", "--to-hf", "hf")
+    refused(command, ".: exists; remove it or give another folder", "seq2seq.pt", "--to-hf", ".")
+    refused(command, "no: no such folder to write x.pt to; create it", "seq2seq.pt", "--out", "no/x.pt")
     (checkpoints / "new.part").mkdir()
     refused(command, "new.part: exists; remove it or give another folder", "enc.pt", "--to-hf", "new")
 

@@ -207,7 +207,9 @@ def test_run_all_goes_on_where_it_was_stopped(run_all, tmp_path):
 def test_run_all_resumes_a_run(run_all, tmp_path):
     (tmp_path / "runs/mini/roberta-12e.run").mkdir(parents=True)
     (tmp_path / "runs/mini/roberta-12e.run/000000500.pt").touch()
-    resumed = [line.endswith("--resume") for line in run_all(FAIL_AT="4")[1] if "train_" in line.split()[1]]
+    resumed = [
+        line.endswith("--resume") for line in run_all(FAIL_AT="4", CDPATH=".:/")[1] if "train_" in line.split()[1]
+    ]
     assert resumed == [True, False]
 
 

@@ -133,6 +133,7 @@ def test_rouge_of_other_scripts():
     their = rouge_scorer.RougeScorer(["rougeL", "rouge1", "rouge2"], tokenizer=Words()).score(gold, ours)
     assert rouge(gold, ours) == pytest.approx([100 * their[x].fmeasure for x in ("rougeL", "rouge1", "rouge2")])
     assert rouge(gold, ours)[0] == pytest.approx(75)
+    assert rouge("今日は天気がいいです。", "今日は天気が悪いです")[1] == pytest.approx(90)  # 9 of 10 characters
 
 
 @needs_shared
@@ -405,6 +406,9 @@ NO_GZIP = gzip.compress(b"a")[:10] + b"\xff" * 20  # a sound header before what 
         (["--task", "nli", "--data", "nli", "--n-train", "-1"], None, "--n-train -1: it must be at least 0"),
         (["--task", "nli", "--data", "nli", "--seeds", "0"], None, "--seeds 0: it must be at least 1"),
         (["--task", "nli", "--data", "nli", "--lr", "-1"], None, "--lr -1.0: it must be over 0"),
+        (["--task", "nli", "--data", "nli", "--lr", "1", "nan"], None, "--lr nan: it must be over 0, and finite"),
+        (["--task", "pos", "--data", "pos", "--train-lang", "de"], None, "no de in it to train on; choose --train"),
+        (["--task", "nli", "--data", "nli"], ("nli/de/test.tsv.xz", ""), "test.tsv and test.tsv.xz: one file, packed"),
         (["--task", "nli", "--data", "nli", "--out", "no/r.jsonl"], None, "no/r.jsonl: cannot be written"),
     ],
 )  # fmt: skip
@@ -417,6 +421,14 @@ def test_bad_input(command, checkpoints, folder, arguments, damage, complaint):
     with pytest.raises(InputError) as raised:
         command(evaluation, "enc.pt", *arguments)
     assert complaint in str(raised.value)
+
+
+def test_a_byte_order_mark_and_an_editors_copy_are_no_data(tmp_path):
+    (tmp_path / "en").mkdir()
+    (tmp_path / "en" / "test.bio").write_text("John\tB-PER\n", encoding="utf-8-sig")
+    (tmp_path / "en" / "test.bio~").write_text("John\tB-PER\n")
+    (item,) = tasks.read_split("ner", tmp_path, "en", "test")
+    assert item.words == ["John"]
 
 
 def test_half_a_surrogate_pair_in_a_summary(tmp_path):
@@ -535,6 +547,19 @@ def losses():
 def curve(text):
     """The lines of a report's table of the sweep."""
     return text[text.index("# When to unfreeze") :].splitlines()[2:]
+
+
+def test_a_report_does_not_mix_ways_of_fine_tuning(command, checkpoints):
+    one = result("bart-12e12d", task="summ", scores={"ROUGE-L": 1.0}, train_lang="en", n_train=10, seed=0)
+    path = write("a.jsonl", [one, {**one, "n_train": 2000}])
+    with pytest.raises(InputError, match=r"a\.jsonl:2: bart-12e12d in summ with n_train 2000, not 10 as before; keep"):
+        command(evaluation, path, "--report", "OUT")
+
+
+def test_a_checkpoint_is_one_whatever_the_way_to_it(command, checkpoints, losses):
+    again = [{**row, "checkpoint": str(Path(row["checkpoint"]).resolve())} for row in losses[:2]]
+    command(evaluation, write("a.jsonl", losses + again), "--report", "OUT")
+    assert "| bart-12e12d | 2.00e+09 | - | 2.000 |" in Path("OUT/tables.md").read_text()
 
 
 def test_report_of_runs_from_other_seeds_and_the_sweep(command, checkpoints, losses):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -310,9 +311,10 @@ def test_held_out_loss_is_the_mean_over_targets(data_dir):
 @pytest.mark.parametrize(
     "module, flags, complaint",
     [
-        (train_encoder, ["--data", "nowhere"], "nowhere: no meta.json"),
+        (train_encoder, ["--data", "nowhere"], "nowhere: no such folder"),
         (train_encoder, ["--batch-size", 0], "--batch-size is 0"),
         (train_encoder, ["--steps", -1], "--steps is -1"),
+        (train_encoder, ["--workers", 5_000_000], "--workers is 5000000: it must be at most 1,000"),
         (train_encoder, ["--lr", "nan"], "--lr is nan"),
         (train_encoder, ["--warmup", 2], "--warmup is 2.0"),
         (train_encoder, ["--seed", -1], "--seed is -1"),
@@ -381,6 +383,31 @@ def test_too_little_held_out_is_refused_before_training(command, data_dir, tmp_p
     assert not (tmp_path / "enc.pt").exists()
 
 
+def test_the_log_of_a_run_whose_checkpoints_are_gone_is_kept(command, data_dir, tmp_path):
+    flags = ["--data", data_dir, *SMALL, *ROWS, "--steps", 1]
+    for number in range(3):
+        command(train_encoder, *flags, "--seed", number)
+        (tmp_path / "enc.pt").unlink()
+        trainer.saved(tmp_path / "enc.run")[-1].unlink()
+    logs = [(tmp_path / "enc.run" / f"metrics{x}.jsonl").read_text() for x in ("-1", "-2", "")]
+    assert len(set(logs)) == 3
+
+
+@pytest.mark.parametrize("share, steps, expected", [(0.55, 100, 55), (0.14, 50, 7), (1 / 3, 100, 34)])
+def test_the_frozen_share_is_no_update_longer(monkeypatch, share, steps, expected):
+    """0.55 * 100 is a little over 55 to a computer."""
+    own = train_seq2seq.DenoiseConfig(unfreeze_at=share)
+    settings = SimpleNamespace(n_decoder_layers=1, fusion=False), SimpleNamespace(steps=steps, seq_len=32)
+    run = SimpleNamespace(own=own, model=settings[0], train=settings[1], settings={"init": "x"}, init=None, data=None)
+    run.data = SimpleNamespace(ids=None)
+    monkeypatch.setattr(trainer, "start", lambda *_: run)
+    monkeypatch.setattr(trainer, "new_model", lambda _: None)
+    monkeypatch.setattr(trainer, "fit", lambda *_, frozen: found.append(sum(map(frozen, range(steps)))))
+    found = []
+    train_seq2seq.main()
+    assert found == [expected]
+
+
 def test_nothing_is_overwritten(command, data_dir, encoder, tmp_path):
     with pytest.raises(InputError, match=r"enc\.pt: exists; go on with --resume, or give another --out"):
         command(train_encoder, "--data", data_dir)
@@ -422,7 +449,8 @@ def test_a_run_lets_go_of_the_checkpoints_it_started_from(command, data_dir, enc
 def test_resume_with_a_contradicting_flag_is_refused(command, data_dir, encoder, flags):
     with pytest.raises(InputError, match="was started with .*; leave the flag out"):
         command(train_encoder, "--resume", *flags)
-    command(train_encoder, "--resume", "--steps", 3, "--log-every", 1, "--data", data_dir)  # no contradiction
+    more = ["--log-every", 1, "--data", data_dir, "--lr", 0, "--max-len", 0]
+    command(train_encoder, "--resume", "--steps", 3, *more)  # no contradiction
 
 
 def test_the_command_that_began_a_run_resumes_it(command, data_dir, monkeypatch, tmp_path):
