@@ -87,7 +87,8 @@ def main() -> None:
     if run.init and own.init_decoder:
         run.init["weights"] |= decoder_from_encoder(run.init["weights"], run.model)
     objective = seq2seq_objective(run.data.ids, own)
-    trainer.fit(run, trainer.new_model(run), objective, frozen=lambda step: step < round(own.unfreeze_at * steps, 6))
+    thaw = round(own.unfreeze_at * steps, 6)  # 0.55 * 100 is a little over 55 to a computer
+    trainer.fit(run, trainer.new_model(run), objective, frozen=lambda step: step < thaw)
 
 
 if __name__ == "__main__":

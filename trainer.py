@@ -245,7 +245,7 @@ def _check_state(path: Path, state: dict) -> None:
 def _resumed(stored: dict, flags: dict, newest: Path) -> dict:
     """The stored settings of a run, with those flags that change no result; any other flag must agree."""
     for name, value in flags.items():
-        by_default = value == 0 and name in ("lr", "embed_lr", "max_len")
+        by_default = value == 0 and name in ("lr", "embed_lr", "max_len")  # stored as what 0 stood for
         if name not in FREE_ON_RESUME and stored.get(name) != value and not by_default:
             started = f"{newest} was started with {stored.get(name)}"
             remedy = "leave the flag out, or start anew under another --out"

@@ -395,10 +395,8 @@ def test_the_log_of_a_run_whose_checkpoints_are_gone_is_kept(command, data_dir, 
 
 @pytest.mark.parametrize("share, steps, expected", [(0.55, 100, 55), (0.14, 50, 7), (1 / 3, 100, 34)])
 def test_the_frozen_share_is_no_update_longer(monkeypatch, share, steps, expected):
-    """0.55 * 100 is a little over 55 to a computer."""
-    own = train_seq2seq.DenoiseConfig(unfreeze_at=share)
-    settings = SimpleNamespace(n_decoder_layers=1, fusion=False), SimpleNamespace(steps=steps, seq_len=32)
-    run = SimpleNamespace(own=own, model=settings[0], train=settings[1], settings={"init": "x"}, init=None, data=None)
+    run = SimpleNamespace(own=train_seq2seq.DenoiseConfig(unfreeze_at=share), settings={"init": "enc.pt"}, init=None)
+    run.model, run.train = ModelConfig(106, max_len=128, n_decoder_layers=1), TrainConfig(steps=steps)
     run.data = SimpleNamespace(ids=None)
     monkeypatch.setattr(trainer, "start", lambda *_: run)
     monkeypatch.setattr(trainer, "new_model", lambda _: None)
