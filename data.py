@@ -103,7 +103,7 @@ def run_command(main: Callable[[], None]) -> None:
         if isinstance(error, BrokenPipeError):  # whoever read it, `head` for one, is gone
             status = 128 + signal.SIGPIPE
         else:
-            where, reason = error.filename or f"{name}: its output", (error.strerror or str(error)).lower()
+            where, reason = error.filename or f"{name}: what it writes", (error.strerror or str(error)).lower()
             print(f"{where}: {reason}; change its permissions, make room or name another", file=sys.stderr)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):

@@ -33,6 +33,11 @@ from train_encoder import MLMConfig, encoder_objective
 from train_seq2seq import DenoiseConfig, seq2seq_objective
 
 OBJECTIVES = {"encoder": (MLMConfig, encoder_objective), "seq2seq": (DenoiseConfig, seq2seq_objective)}
+FINE_TUNING = ("train_lang", "n_train", "seeds", "lr", "epochs", "batch_size", "freeze_encoder")
+TAKES = {  # task -> the flags that do something in it; None: losses and samples
+    **{None: ("data", "langs", "out", "beams"), "loss": ("data", "langs", "out"), "fusion": ("data", "langs")},
+    **{"fill": (), "generate": ("beams",), "cost": ()},
+}
 MARK = "\ufdd0"  # stands for <mask> while a sentence is encoded: no text may hold this code point
 
 
@@ -272,7 +277,7 @@ def append(path: Path | None, rows: list[dict]) -> None:
 
 
 def _parse_flags() -> argparse.Namespace:
-    """The command line. Raises InputError for a number out of range."""
+    """The command line. Raises InputError for a number out of range and for a flag that would do nothing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="enc.pt or seq2seq.pt; with --report results.jsonl")
     parser.add_argument(
@@ -307,6 +312,14 @@ def _parse_flags() -> argparse.Namespace:
     for lr in args.lr or []:
         if not 0 < lr < math.inf:
             raise InputError(f"--lr {lr}: it must be over 0, and finite")
+    if args.task in tasks.METRICS:  # looked up now: a file of the user's own may have added one
+        takes = ("data", "langs", "out", *FINE_TUNING) + ("beams",) * (args.task in tasks.GENERATION)
+    else:
+        takes = TAKES[args.task]
+    takes, what = ((), "--report") if args.report else (("task", *takes), f"--task {args.task or 'loss'}")
+    for name in vars(args).keys() - {"checkpoint", "more", "report", *takes}:
+        if getattr(args, name) != parser.get_default(name):
+            raise InputError(f"--{name.replace('_', '-')} does nothing with {what}; leave it out, or name its --task")
     return args
 
 

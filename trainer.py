@@ -17,6 +17,7 @@ import fcntl
 import json
 import math
 import os
+import shutil
 import signal
 import tempfile
 import time
@@ -216,6 +217,8 @@ def start(description: str, kind: str, own: type) -> Run:
         settings["lr"] = settings["lr"] or default_lr(settings["d_model"])
         settings["embed_lr"] = settings["embed_lr"] or 3 * settings["lr"]
     train = build(TrainConfig, settings)
+    if train.compile and device().type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise InputError("--compile: needs a C++ compiler, g++ or what CXX names; install one or leave the flag out")
     data = open_data(settings["data"], settings["seq_len"], settings["seed"], settings["alpha"])
     if state and state["data"] != data.fingerprint:
         raise InputError(f"{settings['data']}: not the data that {newest} was trained on; name that with --data")

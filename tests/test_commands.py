@@ -125,7 +125,10 @@ def test_a_folder_that_may_not_be_read_is_one_line(tmp_path, capsys):
 
 def test_output_that_nobody_reads_or_no_disk_takes_is_no_traceback(tmp_path):
     line = [sys.executable, "-c", "import data; data.run_command(lambda: print('x' * 10**6))"]
-    for flags, status, said in (("| true", 141, ""), ("> /dev/full", 2, "-c: its output: no space left on device; ")):
+    for flags, status, said in (
+        ("| true", 141, ""),
+        ("> /dev/full", 2, "-c: what it writes: no space left on device; "),
+    ):
         shell = f"{shlex.join(line)} {flags}; exit ${{PIPESTATUS[0]}}"
         done = subprocess.run(["bash", "-c", shell], cwd=ROOT, stderr=subprocess.PIPE, text=True)
         assert done.returncode == status and done.stderr.startswith(said) and done.stderr.count("\n") == bool(said)

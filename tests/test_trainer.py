@@ -359,6 +359,14 @@ def test_bad_flags_get_one_line(command, data_dir, encoder, tmp_path, module, fl
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_compiling_without_a_compiler_is_refused_before_training(command, data_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "nowhere")
+    monkeypatch.setattr(trainer, "device", lambda: torch.device("cpu"))
+    with pytest.raises(InputError, match="--compile: needs a C"):
+        command(train_encoder, "--data", data_dir, *SMALL, *ROWS, "--compile")
+    assert not list(tmp_path.glob("enc*"))
+
+
 @pytest.mark.parametrize(
     "flags, complaint",
     [
