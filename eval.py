@@ -35,8 +35,12 @@ from train_seq2seq import DenoiseConfig, seq2seq_objective
 OBJECTIVES = {"encoder": (MLMConfig, encoder_objective), "seq2seq": (DenoiseConfig, seq2seq_objective)}
 FINE_TUNING = ("train_lang", "n_train", "seeds", "lr", "epochs", "batch_size", "freeze_encoder")
 TAKES = {  # task -> the flags that do something in it; None: losses and samples
-    **{None: ("data", "langs", "out", "beams"), "loss": ("data", "langs", "out"), "fusion": ("data", "langs")},
-    **{"fill": (), "generate": ("beams",), "cost": ()},
+    None: ("data", "langs", "out", "beams"),
+    "loss": ("data", "langs", "out"),
+    "fusion": ("data", "langs"),
+    "generate": ("beams",),
+    "fill": (),
+    "cost": (),
 }
 MARK = "\ufdd0"  # stands for <mask> while a sentence is encoded: no text may hold this code point
 
@@ -317,9 +321,9 @@ def _parse_flags() -> argparse.Namespace:
     else:
         takes = TAKES[args.task]
     takes, what = ((), "--report") if args.report else (("task", *takes), f"--task {args.task or 'loss'}")
-    for name in vars(args).keys() - {"checkpoint", "more", "report", *takes}:
-        if getattr(args, name) != parser.get_default(name):
-            raise InputError(f"--{name.replace('_', '-')} does nothing with {what}; leave it out, or name its --task")
+    for name, value in vars(args).items():
+        if name not in ("checkpoint", "more", "report", *takes) and value != parser.get_default(name):
+            raise InputError(f"--{name.replace('_', '-')} does nothing with {what}; leave it out")
     return args
 
 
