@@ -50,12 +50,17 @@ def read_results(paths: list[Path]) -> list[dict]:
     return results
 
 
-def over_runs(results: list[dict], digits: int = 2) -> str:
-    """Mean and standard deviation over the runs (of pre-training and fine-tuning) of the mean over the languages."""
+def by_run(results: list[dict]) -> list[float]:
+    """Of each run (of pre-training and fine-tuning) the mean over the languages."""
     runs: dict[str, dict[str, float]] = {}
     for r in results:
         runs.setdefault(r["run"], {})[r["language"]] = r["main"]  # of a measurement made twice the last
-    return mean_sd([statistics.mean(x.values()) for x in runs.values()], digits) if runs else "-"
+    return [statistics.mean(x.values()) for x in runs.values()]
+
+
+def over_runs(results: list[dict], digits: int = 2) -> str:
+    """Mean and standard deviation over the runs, "-" where there is none."""
+    return mean_sd(by_run(results), digits) if results else "-"
 
 
 def in_order(names: set[str]) -> list[str]:
@@ -207,7 +212,7 @@ def plot_scores(results: list[dict], out: Path) -> str:
                 points.setdefault(r["row"], []).append(r)
         axes.scatter(
             [x[0]["flops"] for x in points.values()],
-            [statistics.mean(r["main"] for r in x) for x in points.values()],
+            [statistics.mean(by_run(x)) for x in points.values()],
             label=f"{task}, {METRICS[task][0]}",
         )
     axes.set(xlabel="FLOPs of the whole history", ylabel="mean over languages and seeds, %")
@@ -256,25 +261,28 @@ def plot_losses(results: list[dict], out: Path) -> str:
 
 
 def plot_sweep(results: list[dict], out: Path) -> str:
-    """Held-out loss, generation scores and compute against the point of unfreezing. Its name, "" for less than two
-    points.
+    """Held-out loss, generation scores and compute against the point of unfreezing, with the standard deviation over
+    the runs. Its name, "" for less than two points.
     """
     from matplotlib.figure import Figure
 
     if len(points := sweep(results)) < 2:
         return ""
 
-    def mean(of: list[dict]) -> float:
-        return statistics.mean(r["main"] for r in of)
+    def mean_and_sd(of: list[dict]) -> tuple[float, float]:
+        runs = by_run(of)
+        return statistics.mean(runs), statistics.stdev(runs) if len(runs) > 1 else 0.0
 
     tasks = ["loss", *(task for task in GENERATION if any(task in by_task for by_task in points.values()))]
     figure = Figure(figsize=(5.5 * len(tasks), 4), layout="constrained")
     panels = figure.subplots(1, len(tasks), squeeze=False)
     for axes, task in zip(panels[0], tasks):
-        means = {at: mean(by_task[task]) for at, by_task in points.items() if task in by_task}
-        axes.plot(list(means), list(means.values()), "o-", label="two stages")
+        means = {at: mean_and_sd(by_task[task]) for at, by_task in points.items() if task in by_task}
+        axes.errorbar(list(means), *zip(*means.values()), fmt="o-", capsize=3, label="two stages")
         if scratch := from_scratch(results, points, task):
-            axes.axhline(mean(scratch), linestyle="--", label="from scratch")
+            mean, sd = mean_and_sd(scratch)
+            axes.axhline(mean, linestyle="--", label="from scratch")
+            axes.axhspan(mean - sd, mean + sd, alpha=0.2)
         label = "held-out loss, nats" if task == "loss" else f"{task}, {METRICS[task][0]}, %"
         axes.set(xlabel="--unfreeze-at", ylabel=label)
         if task == "loss":

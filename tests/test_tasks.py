@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.axes import Axes
 from rouge_score import rouge_scorer
 from seqeval.metrics import f1_score, precision_score, recall_score
 from seqeval.metrics.sequence_labeling import get_entities
@@ -589,6 +590,16 @@ def test_generation_scores_of_the_sweep(command, checkpoints, losses):
     assert lines[0] == "| `--unfreeze-at` | held-out loss, nats | parse, exact match | FLOPs | pair saved |"
     assert lines[2:4] == ["| 0 | 1.500 | - | 3.00e+09 | - |", "| 0.5 | 2.000 | 21.00 ± 1.41 | 2.50e+09 | - |"]
     assert lines[4:] == ["| 1 | 4.000 | - | 2.00e+09 | - |"]
+
+
+def test_the_figure_of_the_sweep_has_the_numbers_of_the_table(command, monkeypatch, losses):
+    drawn, draw = [], Axes.errorbar
+    monkeypatch.setattr(Axes, "errorbar", lambda self, *xy, **how: drawn.append(xy) or draw(self, *xy, **how))
+    scores = [(0, 20.0), (1, 99.0), (1, 22.0)]  # the second was made again
+    parse = dict(train_lang="en", task="parse")
+    rows = [result("2stage-bart-12e12d-unfrz", 0.5, **parse, seed=i, scores={"exact match": x}) for i, x in scores]
+    report.plot_sweep(report.read_results([write("a.jsonl", [*losses, *rows])]), Path("."))
+    assert drawn == [([0, 0.5, 1], (1.5, 2, 4), (0, 0, 0)), ([0.5], (21,), (pytest.approx(2**0.5),))]
 
 
 def test_what_a_sweep_is_compared_with(command, checkpoints, losses):
