@@ -11,6 +11,7 @@ Boolean masks are True where a token is real, the sense of `scaled_dot_product_a
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,10 @@ class ModelConfig:
     d_ff: int = flag(1024, "inner width of the feed-forward layers", from_preset=True)
     n_encoder_layers: int = flag(4, "layers of the encoder", from_preset=True)
     n_decoder_layers: int = flag(0, "layers of the decoder", from_preset=True, decoder_only=True)
-    max_len: int = flag(0, "learned positions: the longest row in tokens (default: --seq-len)", from_preset=True)
+    positions: str = flag(
+        "rotary", "relative, by rotation, or a learned vector each", choices=("rotary", "learned"), from_preset=True
+    )
+    max_len: int = flag(0, "the longest row in tokens (default: --seq-len)", from_preset=True)
     dropout: float = flag(0.0, "on embeddings and sublayer outputs, 0 to 1", from_preset=True)
     fusion: bool = flag(False, "the decoder sees all layers of the encoder, fused by attention", decoder_only=True)
 
@@ -53,18 +57,23 @@ class ModelConfig:
             raise ValueError(f"n_decoder_layers is {self.n_decoder_layers}: it must be 0 or more")
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}: change one of them")
+        if self.positions == "rotary" and self.d_model // self.n_heads % 2:
+            raise ValueError(f"n_heads {self.n_heads} of width {self.d_model} are odd: rotary positions need even ones")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}: it must be in [0, 1)")
 
 
 # paper: 12 layers; width 1024, 16 heads, FFN 4096, dropout 0.1 as AlexaTM 20B's code has them. The others are ours.
 # tiny has no dropout: it is meant for runs of a few million tokens, which never see a row often enough to overfit.
+# paper: learned positions, as AlexaTM 20B's code has them; with them an encoder needs ten times as many tokens to learn
+# to use its context (results/README.md).
 PRESETS: dict[str, dict] = {
     "tiny": dict(d_model=256, n_heads=4, d_ff=1024, n_encoder_layers=4, n_decoder_layers=4, dropout=0.0),
     "small": dict(d_model=512, n_heads=8, d_ff=2048, n_encoder_layers=6, n_decoder_layers=6, dropout=0.1),
     "base": dict(d_model=768, n_heads=12, d_ff=3072, n_encoder_layers=12, n_decoder_layers=12, dropout=0.1),
     "paper": dict(d_model=1024, n_heads=16, d_ff=4096, n_encoder_layers=12, n_decoder_layers=12, dropout=0.1),
 }
+PRESETS["paper"]["positions"] = "learned"
 
 
 def plain_attention(
@@ -83,6 +92,24 @@ def plain_attention(
     return scores.softmax(-1) @ v
 
 
+@lru_cache
+def rotary_table(length: int, head_dim: int, device: torch.device) -> Tensor:  # -> [2, length, 1, K]
+    """Cosines and signed sines of the angles t * 10,000^(-2i / K) by which `rotate` turns position t (in fp32).
+
+    Su et al. 2021, equation 15, in the half-split form: unit i of a head is paired with unit i + K / 2.
+    """
+    rates = 10_000 ** (-torch.arange(0, head_dim, 2, device=device) / head_dim)  # [K / 2]
+    angles = torch.arange(length, device=device)[:, None, None] * rates  # [length, 1, K / 2]
+    sin = angles.sin()
+    return torch.stack([angles.cos().repeat(1, 1, 2), torch.cat([-sin, sin], -1)])
+
+
+def rotate(x: Tensor, turn: Tensor) -> Tensor:  # [B, T, H, K], [2, T, 1, K] -> [B, T, H, K]
+    """Each pair (x_i, x_{i + K/2}) turned by its position's angle, so that q k^T depends on the distance of the two."""
+    cos, sin = turn.to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
 class Attention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017, 3.2.2): queries from one sequence, keys and values from another."""
 
@@ -93,16 +120,29 @@ class Attention(nn.Module):
         self.kv = nn.Linear(cfg.d_model, 2 * cfg.d_model)
         self.out = nn.Linear(cfg.d_model, cfg.d_model)
 
-    def _heads(self, x: Tensor) -> Tensor:  # [B, T, n * D] -> [B, n * H, T, K]
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+    def _heads(self, x: Tensor, turn: Tensor | None) -> Tensor:  # [B, T, D] -> [B, H, T, K]
+        x = x.unflatten(-1, (-1, self.head_dim))  # [B, T, H, K]
+        return (x if turn is None else rotate(x, turn)).transpose(1, 2)
 
-    def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:  # [B, S, D] -> 2 x [B, H, S, K]
-        """Keys and values of a sequence, for whoever attends to it."""
-        return self._heads(self.kv(memory)).chunk(2, dim=1)
+    def keys_values(self, memory: Tensor, turn: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, S, K] of a sequence [B, S, D], for whoever attends to it; `turn` as in forward."""
+        k, v = self.kv(memory).chunk(2, -1)  # [B, S, D]
+        return self._heads(k, turn), self._heads(v, None)
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        """What each x [B, T, D] gathers from v by k [B, H, S, K]; mask [B, 1, 1, S] is True at real tokens."""
-        q = self._heads(self.q(x))  # [B, H, T, K]
+    def forward(
+        self,
+        x: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        turn: Tensor | None = None,
+    ) -> Tensor:
+        """What each x [B, T, D] gathers from v by k [B, H, S, K]; mask [B, 1, 1, S] is True at real tokens.
+
+        With rotary positions `turn` [2, T, 1, K] is the part of `rotary_table` for the positions of x.
+        """
+        q = self._heads(self.q(x), turn)  # [B, H, T, K]
         by_hand = q.device.type == "cpu" and (q.dtype == torch.bfloat16 or q.shape[2] == 1)
         attend = plain_attention if by_hand else F.scaled_dot_product_attention
         with torch.autocast(q.device.type, enabled=False):  # the operands have their dtype already
@@ -126,10 +166,10 @@ class EncoderBlock(nn.Module):
         self.ffn_norm, self.ffn = nn.LayerNorm(cfg.d_model), FeedForward(cfg)
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None, at: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, turn: Tensor | None = None, at: Tensor | None = None) -> Tensor:
         """x [B, S, D], mask [B, 1, 1, S] -> [B, S, D], or [N, D]: the positions at [N], numbered through the batch."""
         h = self.attn_norm(x)
-        x = x + self.dropout(self.attn(h, *self.attn.keys_values(h), mask))
+        x = x + self.dropout(self.attn(h, *self.attn.keys_values(h, turn), mask, turn=turn))
         if at is not None:  # attention needed all positions, the rest looks at each alone
             x = x.flatten(0, 1)[at]  # [N, D]
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
@@ -145,16 +185,18 @@ class DecoderBlock(nn.Module):
         self.ffn_norm, self.ffn = nn.LayerNorm(cfg.d_model), FeedForward(cfg)
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def forward(self, x: Tensor, enc_out: Tensor, mask: Tensor | None, cache: dict | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, enc_out: Tensor, mask: Tensor | None, turn: Tensor | None = None, cache: dict | None = None
+    ) -> Tensor:
         """x [B, T, D]; with a cache, x is one new position and the cache holds the keys and values of those before."""
         h = self.attn_norm(x)
-        k, v = self.attn.keys_values(h)  # [B, H, T, K]
+        k, v = self.attn.keys_values(h, turn)  # [B, H, T, K]
         if cache is None:
             cross_kv = self.cross.keys_values(enc_out)  # [B, H, S, K]
         else:
             k, v = self._remember(cache, k, v, enc_out)
             cross_kv = cache["cross"]
-        x = x + self.dropout(self.attn(h, k, v, causal=cache is None))
+        x = x + self.dropout(self.attn(h, k, v, causal=cache is None, turn=turn))
         x = x + self.dropout(self.cross(self.cross_norm(x), *cross_kv, mask))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))  # [B, T, D]
 
@@ -183,13 +225,26 @@ def _run(block: nn.Module, checkpointing: bool, *inputs: object) -> Tensor:
     return block(*inputs)
 
 
+def _placed(stack: nn.Module, embedded: Tensor, start: int = 0) -> tuple[Tensor, Tensor | None]:
+    """Embedded tokens [B, T, D] at positions from `start` on: learned ones added, or the table that attention turns by.
+
+    Raises ValueError for a row that is longer than any the model was trained on.
+    """
+    cfg, end = stack.cfg, start + embedded.shape[1]
+    if end > cfg.max_len:
+        raise ValueError(f"a row of {end} tokens: the model was made for rows of at most {cfg.max_len}")
+    if stack.positions is not None:
+        return embedded + stack.positions.weight[start:end], None
+    return embedded, rotary_table(cfg.max_len, cfg.d_model // cfg.n_heads, embedded.device)[:, start:end]
+
+
 class Encoder(nn.Module):
     """Embedded tokens to contextual vectors; a final LayerNorm closes the Pre-LN stack."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.checkpointing = False
-        self.positions = nn.Embedding(cfg.max_len, cfg.d_model)
+        self.cfg, self.checkpointing = cfg, False
+        self.positions = nn.Embedding(cfg.max_len, cfg.d_model) if cfg.positions == "learned" else None
         self.dropout = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(EncoderBlock(cfg) for _ in range(cfg.n_encoder_layers))
         self.norm = nn.LayerNorm(cfg.d_model)
@@ -206,11 +261,12 @@ class Encoder(nn.Module):
         Without that norm the deeper layers would outweigh the others: a Pre-LN stream grows from layer to layer.
         Where only some positions are asked for, `at` [N] of the flattened batch, the output is theirs, [N, D].
         """
-        x = self.dropout(embedded + self.positions.weight[: embedded.shape[1]])
+        x, turn = _placed(self, embedded)
+        x = self.dropout(x)
         mask = None if src_mask is None else src_mask[:, None, None, :]  # [B, 1, 1, S]
         layers = []
         for block in self.blocks:
-            x = _run(block, self.checkpointing, x, mask, at if block is self.blocks[-1] else None)
+            x = _run(block, self.checkpointing, x, mask, turn, at if block is self.blocks[-1] else None)
             if fuse is not None:
                 layers.append(x)
         return self.norm(x) if fuse is None else fuse(self.norm(torch.stack(layers)))
@@ -241,8 +297,8 @@ class Decoder(nn.Module):
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.checkpointing = False
-        self.positions = nn.Embedding(cfg.max_len, cfg.d_model)
+        self.cfg, self.checkpointing = cfg, False
+        self.positions = nn.Embedding(cfg.max_len, cfg.d_model) if cfg.positions == "learned" else None
         self.dropout = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(DecoderBlock(cfg) for _ in range(cfg.n_decoder_layers))
         self.norm = nn.LayerNorm(cfg.d_model)
@@ -250,10 +306,11 @@ class Decoder(nn.Module):
     def forward(self, embedded: Tensor, enc_out: Tensor, src_mask: Tensor | None, cache: list | None) -> Tensor:
         """Embedded [B, T, D], encoder output [B, S, D]; with a cache, of one dict a layer, T is 1 (DecoderBlock)."""
         start = cache[0].get("length", 0) if cache else 0
-        x = self.dropout(embedded + self.positions.weight[start : start + embedded.shape[1]])  # [B, T, D]
+        x, turn = _placed(self, embedded, start)
+        x = self.dropout(x)  # [B, T, D]
         mask = None if src_mask is None else src_mask[:, None, None, :]  # [B, 1, 1, S]
         for i, block in enumerate(self.blocks):
-            x = _run(block, self.checkpointing, x, enc_out, mask, None if cache is None else cache[i])
+            x = _run(block, self.checkpointing, x, enc_out, mask, turn, None if cache is None else cache[i])
         return self.norm(x)  # [B, T, D]
 
 

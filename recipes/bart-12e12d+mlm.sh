@@ -4,6 +4,6 @@
 after bart-12e12d
 rm -f bart-12e12d+enc.pt # of a run that was stopped
 python "$CODE/extract.py" bart-12e12d.pt --out bart-12e12d+enc.pt
-$TORCHRUN "$CODE/train_encoder.py" "${SHAPE[@]}" "${MLM[@]}" \
+$TORCHRUN "$CODE/train_encoder.py" "${SHAPE[@]}" \
   --init bart-12e12d+enc.pt --steps $MORE --out bart-12e12d+mlm.pt "$@"
 python "$CODE/eval.py" bart-12e12d+mlm.pt --task loss --out results.jsonl

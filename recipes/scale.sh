@@ -11,17 +11,16 @@ set -eu
 unset CDPATH # with it, cd prints where it went
 
 # From scratch; the second stage, 0.7 of it; the MLM continuation, 1/5 of it.
-MLM=(--mask-prob 0.15)
 case ${SCALE:=demo} in
 demo)
   SHAPE=(--preset tiny --batch-size 32 --seq-len 128)
   STEPS=150 SECOND=105 MORE=30 ;;
-mini) # 8M tokens a model from scratch: Muon, more masks and no dropout to learn enough from so few
-  SHAPE=(--preset tiny --batch-size 32 --seq-len 128 --optimizer muon --dropout 0 --eval-every 250)
-  STEPS=2000 SECOND=1400 MORE=400
-  MLM=(--mask-prob 0.4) ;;
-paper) # 1M tokens a batch
+mini) # 8M tokens a model from scratch
+  SHAPE=(--preset tiny --batch-size 32 --seq-len 128 --eval-every 250)
+  STEPS=2000 SECOND=1400 MORE=400 ;;
+paper) # 1M tokens a batch, and AdamW alone, one rate for all
   SHAPE=(--preset paper --batch-size 2048 --micro-batch-size 32 --seq-len 512 --save-every 2000 --eval-every 10000)
+  SHAPE+=(--optimizer adamw --lr 5e-4 --embed-lr 5e-4)
   STEPS=500000 SECOND=350000 MORE=100000 ;;
 *) echo "SCALE=$SCALE: it must be demo, mini or paper" >&2 && exit 2 ;;
 esac

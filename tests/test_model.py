@@ -8,10 +8,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import IGNORE, PRESETS, Fusion, MaskedLM, ModelConfig, ProjectionLoss, Seq2Seq, generate, plain_attention
+from model import (
+    IGNORE,
+    PRESETS,
+    Fusion,
+    MaskedLM,
+    ModelConfig,
+    ProjectionLoss,
+    Seq2Seq,
+    generate,
+    plain_attention,
+    rotary_table,
+    rotate,
+)
 
 SMALL = dict(vocab_size=120, d_model=32, n_heads=4, d_ff=64, n_encoder_layers=2, max_len=24)
 BOS, EOS, PAD = 1, 2, 0
+POSITIONS = ["rotary", "learned"]
 
 
 def seq2seq(**changes) -> Seq2Seq:
@@ -180,20 +193,59 @@ def test_losses_are_those_of_the_logits():
     torch.testing.assert_close(model(src, tgt_in, tgt_out), expected)
 
 
+def test_rotation_is_the_formula():
+    """Su et al. 2021, equation 15, with heads of 4: position t turns units (0, 2) by t and units (1, 3) by t / 100."""
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0]).expand(1, 2, 1, 4)
+    expected = [[1.0, 2.0, 3.0, 4.0], [-1.984111, 1.959901, 2.462378, 4.019799]]
+    torch.testing.assert_close(rotate(x, rotary_table(2, 4, x.device)).squeeze(), torch.tensor(expected))
+    t, i = 100, 5  # far out, in wide heads, against double precision
+    x = torch.randn(1, 128, 1, 64)
+    pair = complex(x[0, t, 0, i], x[0, t, 0, i + 32]) * complex(math.cos(a := t * 1e4 ** (-i / 32)), math.sin(a))
+    turned = rotate(x, rotary_table(128, 64, x.device))[0, t, 0]
+    assert (turned[i].item(), turned[i + 32].item()) == pytest.approx((pair.real, pair.imag), abs=1e-5)
+
+
+def test_rotary_scores_depend_on_the_distance_alone():
+    q, k, table = torch.randn(1, 8, 2, 16), torch.randn(1, 8, 2, 16), rotary_table(500, 16, torch.device("cpu"))
+    here, far = (
+        rotate(q, table[:, at : at + 8]).transpose(1, 2) @ rotate(k, table[:, at : at + 8]).permute(0, 2, 3, 1)
+        for at in (0, 300)
+    )
+    torch.testing.assert_close(here, far, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_a_shifted_row_has_the_same_vectors_with_rotary_positions_alone(positions):
+    model, src = seq2seq(positions=positions), torch.randint(6, 120, (1, 9))
+    shifted = torch.cat([torch.randint(6, 120, (1, 5)), src], 1)
+    before, after = model.encode(src), model.encode(shifted, torch.arange(14)[None] >= 5)[:, 5:]
+    assert torch.allclose(before, after, rtol=1e-4, atol=1e-4) == (positions == "rotary")
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_the_order_of_words_matters_and_rows_have_an_end(positions):
+    model, src = seq2seq(positions=positions), torch.randint(6, 120, (1, 9))
+    assert not torch.allclose(model.encode(src), model.encode(src.flip(1)).flip(1), atol=1e-2)
+    with pytest.raises(ValueError, match="a row of 25 tokens: the model was made for rows of at most 24"):
+        model.encode(torch.randint(6, 120, (1, 25)))
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
 @settings(max_examples=20)
 @given(st.integers(1, 10), st.integers(0, 10), st.integers(0, 1000))
-def test_padding_changes_nothing(length, padding, seed):
+def test_padding_changes_nothing(positions, length, padding, seed):
     torch.manual_seed(seed)
     src = torch.randint(6, 120, (1, length))
     padded = torch.cat([src, torch.randint(0, 120, (1, padding))], 1)  # whatever stands in the padding
     mask = (torch.arange(length + padding) < length)[None]
-    model, tgt_in = seq2seq(), torch.randint(6, 120, (1, 7))
+    model, tgt_in = seq2seq(positions=positions), torch.randint(6, 120, (1, 7))
     torch.testing.assert_close(model.encode(padded, mask)[:, :length], model.encode(src))
     torch.testing.assert_close(model.logits(padded, tgt_in, mask), model.logits(src, tgt_in))
 
 
-def test_the_decoder_does_not_look_ahead_and_the_encoder_does():
-    model, src, tgt_in = seq2seq(), torch.randint(6, 120, (1, 9)), torch.randint(6, 120, (1, 9))
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_the_decoder_does_not_look_ahead_and_the_encoder_does(positions):
+    model, src, tgt_in = seq2seq(positions=positions), torch.randint(6, 120, (1, 9)), torch.randint(6, 120, (1, 9))
     before, changed = model.logits(src, tgt_in), tgt_in.clone()
     changed[0, 5] += 1
     after = model.logits(src, changed)
@@ -205,10 +257,11 @@ def test_the_decoder_does_not_look_ahead_and_the_encoder_does():
     assert (model.encode(other) - model.encode(src)).abs().amax(-1).min() > 1e-4
 
 
+@pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("n_decoder_layers", [1, 3])
 @pytest.mark.parametrize("beams", [1, 2, 5])
-def test_the_cache_changes_no_token(n_decoder_layers, beams):
-    model = seq2seq(n_decoder_layers=n_decoder_layers)
+def test_the_cache_changes_no_token(positions, n_decoder_layers, beams):
+    model = seq2seq(positions=positions, n_decoder_layers=n_decoder_layers)
     lengths = torch.tensor([9, 3, 6, 1])
     src, mask = torch.randint(6, 120, (4, 9)), torch.arange(9) < lengths[:, None]
     options = dict(bos=BOS, eos=EOS, pad=PAD, max_new=20, beams=beams)
@@ -256,7 +309,7 @@ def test_a_wide_beam_finds_the_best_of_all_sequences(length_penalty):
             score = sum(log_probs[i, t].item() for i, t in enumerate(candidate)) / len(candidate) ** length_penalty
             if score > best_score:
                 best, best_score = list(candidate), score
-        assert found[: len(best)] == best and set(found[len(best) :]) <= {PAD}
+        assert F.pad(torch.tensor(found), (0, 3 - len(found)), value=PAD).tolist() == best + [PAD] * (3 - len(best))
 
 
 def test_loss_of_a_new_model_is_about_ln_v():

@@ -41,20 +41,28 @@ def metrics(path) -> list[dict]:
 
 
 @pytest.fixture
-def encoder(command, data_dir, tmp_path):
-    command(train_encoder, "--data", data_dir, *SMALL, *ROWS, "--steps", 3, "--lr", 0.01, "--out", "enc.pt")
+def encoder(command, data_dir, tmp_path, request):
+    """Of rotary positions, or of those that `both_positions` asks for."""
+    flags = [*SMALL, *ROWS, "--positions", getattr(request, "param", "rotary")]
+    command(train_encoder, "--data", data_dir, *flags, "--steps", 3, "--lr", 0.01, "--out", "enc.pt")
     return tmp_path / "enc.pt"
+
+
+both_positions = pytest.mark.parametrize("encoder", ["rotary", "learned"], indirect=True)
 
 
 # What must hold ----------------------------------------------------------------------------------------------------
 
 
+@both_positions
 def test_the_two_recipes(command, data_dir, encoder, tmp_path, capsys):
     """Encoder first; seq2seq around it; the encoder of that taken out again, bit for bit, and continued."""
     stage2 = ["--data", data_dir, *ROWS, "--init", "enc.pt", "--lr", 0.01, "--steps", 4]
     command(train_seq2seq, *stage2, "--unfreeze-at", 1, "--out", "frozen.pt")
     printed = capsys.readouterr().out
-    assert "loaded 32 tensors (embed, encoder)" in printed and "new 47 tensors (cross-attention, decoder)" in printed
+    tables = load_checkpoint(encoder)["config"]["positions"] == "learned"  # one more tensor in each stack
+    assert f"loaded {31 + tables} tensors (embed, encoder)" in printed
+    assert f"new {46 + tables} tensors (cross-attention, decoder)" in printed
     assert "unused 5 tensors (head, head_bias)" in printed
     command(train_seq2seq, *stage2, "--unfreeze-at", 0.5, "--out", "seq2seq.pt")
     start, frozen, thawed = weights(encoder), weights(tmp_path / "frozen.pt"), weights(tmp_path / "seq2seq.pt")
@@ -79,7 +87,7 @@ def test_the_two_recipes(command, data_dir, encoder, tmp_path, capsys):
 def test_fusion_over_a_frozen_encoder(command, data_dir, encoder, tmp_path, capsys):
     flags = ["--data", data_dir, *ROWS, "--init", "enc.pt", "--fusion", "--unfreeze-at", 1, "--steps", 3]
     command(train_seq2seq, *flags, "--lr", 0.01)
-    assert "new 50 tensors (cross-attention, decoder, fusion)" in capsys.readouterr().out
+    assert "new 49 tensors (cross-attention, decoder, fusion)" in capsys.readouterr().out
     start, end = weights(encoder), weights(tmp_path / "seq2seq.pt")
     assert all(torch.equal(end[name], start[name]) for name in start if name.startswith(("embed", "encoder")))
     assert (end["fusion.query"] != 0).all() and (end["fusion.norm.weight"] != 1).any()
@@ -126,10 +134,12 @@ def test_causal_rows_are_a_share_of_the_rows(data_dir):
 
 def test_loss_at_step_0_is_about_ln_v(command, data_dir, tmp_path, capsys):
     command(train_encoder, "--data", data_dir, "--steps", 1, "--batch-size", 8, "--seq-len", 64)
-    loss = metrics(tmp_path / "enc.run" / "metrics.jsonl")[0]["loss"]
-    assert abs(loss / math.log(1000) - 1) < 0.03
+    before, first, _ = metrics(tmp_path / "enc.run" / "metrics.jsonl")
+    for loss in (before["mean"], first["loss"]):
+        assert abs(loss / math.log(1000) - 1) < 0.03
 
 
+@both_positions
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("cut", [2, 3, 4])
 def test_resume_is_exact_across_the_unfreeze_step(command, data_dir, encoder, tmp_path, monkeypatch, optimizer, cut):
@@ -269,7 +279,7 @@ def test_rate_rises_and_falls_to_a_twentieth():
 def test_only_matrices_decay_and_muon_gets_the_blocks():
     model = Seq2Seq(ModelConfig(1000, **PRESETS["tiny"], max_len=32))
     names = {id(p): name for name, p in model.named_parameters()}
-    (adamw,) = trainer._optimizers(model, TrainConfig(lr=1e-3))
+    (adamw,) = trainer._optimizers(model, TrainConfig(lr=1e-3, optimizer="adamw"))
     decayed = {names[id(p)]: group["weight_decay"] for group in adamw.param_groups for p in group["params"]}
     assert len(decayed) == len(names)
     assert all((wd > 0) == (not re.search("bias|norm", name)) for name, wd in decayed.items())
@@ -277,6 +287,29 @@ def test_only_matrices_decay_and_muon_gets_the_blocks():
     moved = {names[id(p)] for p in muon.param_groups[0]["params"]}
     assert moved == {n for n in names.values() if ".blocks." in n and n.endswith("weight") and "norm" not in n}
     assert sum(len(group["params"]) for group in adamw.param_groups) + len(moved) == len(names)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0), (torch.float32, 2e-3)])
+def test_muon_is_that_of_torch(dtype, tolerance):
+    """Bit for bit in bf16, in which torch's iterates; in fp32 to the rounding of bf16."""
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((32, 64), (64, 32), (48, 48))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    optimizers = trainer.Muon(ours, 0.02, 0.1, dtype), torch.optim.Muon(theirs, 0.02, 0.1)
+    for _ in range(3):
+        for p, q in zip(ours, theirs):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert max((p - q).abs().max().item() for p, q in zip(ours, theirs)) <= tolerance
+
+
+@pytest.mark.parametrize("dtype, has_bf16, expected", [("bf16", True, "bfloat16"), ("bf16", False, "float32"),
+                                                       ("fp32", True, "float32")])  # fmt: skip
+def test_a_processor_without_bf16_gets_fp32(monkeypatch, dtype, has_bf16, expected):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bf16)
+    assert trainer.product_dtype(dtype) == getattr(torch, expected)
 
 
 def test_collate_pads_only_where_it_must():
