@@ -105,6 +105,8 @@ def load_checkpoint(path: Path, *kinds: str) -> dict:
     if kinds and checkpoint["kind"] not in kinds:
         remedy = "take its encoder out with extract.py" if "encoder" in kinds else "train one with train_seq2seq.py"
         raise InputError(f"{path}: a checkpoint of kind {checkpoint['kind']!r}, not {' or '.join(kinds)}; {remedy}")
+    if isinstance(checkpoint["config"], dict):  # those of before there was a choice have learned positions
+        checkpoint["config"] = {"positions": "learned"} | checkpoint["config"]
     check_content(path, checkpoint)
     return checkpoint
 

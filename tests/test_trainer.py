@@ -139,6 +139,27 @@ def test_loss_at_step_0_is_about_ln_v(command, data_dir, tmp_path, capsys):
         assert abs(loss / math.log(1000) - 1) < 0.03
 
 
+@pytest.mark.parametrize("encoder", ["learned"], indirect=True)
+def test_a_checkpoint_of_before_there_was_a_choice_has_learned_positions(command, data_dir, encoder, tmp_path):
+    """It is evaluated, continued and resumed as what it is, and refused to whoever asks for rotary positions."""
+    for path in (encoder, *(tmp_path / "enc.run").glob("*.pt")):
+        content = torch.load(path, weights_only=True)
+        del content["config"]["positions"]
+        for settings in [stage["settings"] for stage in content["history"]] + [content.get("settings", {})]:
+            settings.pop("positions", None)
+        torch.save(content, path)
+    assert load_checkpoint(encoder)["config"]["positions"] == "learned"
+    command(train_encoder, "--data", data_dir, "--resume", "--out", "enc.pt")
+    with pytest.raises(InputError, match="--positions rotary: .* was started with learned"):
+        command(train_encoder, "--data", data_dir, "--resume", "--positions", "rotary", "--out", "enc.pt")
+    stage2 = ["--data", data_dir, *ROWS, "--init", "enc.pt", "--steps", 1, "--unfreeze-at", 1]
+    command(train_seq2seq, *stage2)
+    taken = weights(tmp_path / "seq2seq.pt")
+    assert all(torch.equal(taken[name], x) for name, x in weights(encoder).items() if name.startswith("encoder"))
+    with pytest.raises(InputError, match="enc.pt: its positions is learned, the flags ask for --positions rotary"):
+        command(train_seq2seq, *stage2, "--positions", "rotary", "--out", "other.pt")
+
+
 @both_positions
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("cut", [2, 3, 4])
