@@ -5,17 +5,20 @@
 
 The encoder and the embedding are the seq2seq model's own tensors; the MLM head is new and untrained.
 
-    python extract.py enc.pt --to-hf HF-ENC            # loads as XLMRobertaXLForMaskedLM
-    python extract.py seq2seq.pt --to-hf HF-SEQ2SEQ    # loads as BlenderbotForConditionalGeneration
+    python extract.py enc.pt --to-hf HF-ENC            # loads as EsmForMaskedLM
+    python extract.py seq2seq.pt --to-hf HF-SEQ2SEQ    # loads with trust_remote_code=True: its code is in the folder
     python extract.py --from-hf HF-ENC --out again.pt
 
-Both families are Pre-LN with learned positions and no LayerNorm on the embeddings, as ours are. These two options need
-`pip install transformers`.
+Models with learned positions load as XLMRobertaXLForMaskedLM and BlenderbotForConditionalGeneration. All these families
+are Pre-LN with no LayerNorm on the embeddings, as ours are; for a rotary seq2seq model transformers has none. The
+folders load in transformers 4.57 and 5. These two options need `pip install transformers`.
 """
 
 import argparse
+import json
+import re
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -25,11 +28,41 @@ from torch import Tensor, nn
 from checkpoint import as_checkpoint, check_content, load_model, save_checkpoint, warm_start
 from data import load_tokenizer, read_tokenizer, run_command
 from model import MaskedLM, ModelConfig, Seq2Seq
-from objectives import InputError, SpecialIds
+from objectives import IGNORE, InputError, SpecialIds
 
+OURS = "sequential-seq2seq"
+FAMILIES = {  # of transformers, by its name there; its class; whether it is a seq2seq model; its positions
+    "xlm-roberta-xl": ("XLMRobertaXLForMaskedLM", False, "learned"),
+    "esm": ("EsmForMaskedLM", False, "rotary"),
+    "blenderbot": ("BlenderbotForConditionalGeneration", True, "learned"),
+    OURS: ("Seq2SeqLM", True, "rotary"),  # hf_seq2seq.py
+}
+# Our name of a setting to theirs.
+ENCODER_SETTINGS = {
+    "d_model": "hidden_size",
+    "n_heads": "num_attention_heads",
+    "d_ff": "intermediate_size",
+    "n_encoder_layers": "num_hidden_layers",
+    "max_len": "max_position_embeddings",
+    "dropout": "hidden_dropout_prob",
+}
+HF_SETTINGS = {
+    "xlm-roberta-xl": ENCODER_SETTINGS,
+    "esm": ENCODER_SETTINGS,
+    "blenderbot": {
+        "d_model": "d_model",
+        "n_heads": "encoder_attention_heads",
+        "d_ff": "encoder_ffn_dim",
+        "n_encoder_layers": "encoder_layers",
+        "n_decoder_layers": "decoder_layers",
+        "max_len": "max_position_embeddings",
+        "dropout": "dropout",
+    },
+    OURS: {field.name: field.name for field in fields(ModelConfig) if field.name != "fusion"},
+}
 # Our name of a tensor to theirs: one replacement after the other. KV stands for two tensors, ours holds both.
 HF_NAMES = {
-    "encoder": {
+    "xlm-roberta-xl": {
         "embed.": "roberta.embeddings.word_embeddings.",
         "encoder.positions.": "roberta.embeddings.position_embeddings.",
         "encoder.norm.": "roberta.encoder.LayerNorm.",
@@ -45,7 +78,7 @@ HF_NAMES = {
         "head.2.": "lm_head.layer_norm.",
         "head_bias": "lm_head.bias",
     },
-    "seq2seq": {
+    "blenderbot": {
         "embed.": "model.shared.",
         "encoder.": "model.encoder.",
         "decoder.": "model.decoder.",
@@ -63,9 +96,19 @@ HF_NAMES = {
         ".ffn.0.": ".fc1.",
         ".ffn.2.": ".fc2.",
     },
+    OURS: {"embed.": "model.embed.", "encoder.": "model.encoder.", "decoder.": "model.decoder."},
 }
-KV = {"encoder": ("key", "value"), "seq2seq": ("k", "v")}
+HF_NAMES["esm"] = HF_NAMES["xlm-roberta-xl"] | {
+    "embed.": "esm.embeddings.word_embeddings.",
+    "encoder.norm.": "esm.encoder.emb_layer_norm_after.",
+    "encoder.blocks.": "esm.encoder.layer.",
+    ".attn_norm.": ".attention.LayerNorm.",
+}
+KV = {"xlm-roberta-xl": ("key", "value"), "esm": ("key", "value"), "blenderbot": ("k", "v")}
+TIED = ("lm_head.decoder.weight", "lm_head.weight", "embed_tokens.weight")  # copies of the embedding
 POSITIONS = "roberta.embeddings.position_embeddings.weight"  # row 0 of theirs is that of padding
+# Settings of theirs that say nothing about what a model computes.
+ASIDE = {"transformers_version", "architectures", "dtype", "use_cache", "initializer_range", "init_std"}
 
 
 def extract(seq2seq: Seq2Seq, source: Path) -> MaskedLM:
@@ -88,50 +131,47 @@ def _transformers() -> ModuleType:
     return transformers
 
 
-def _hf_names(kind: str, name: str) -> list[str]:
-    for ours, theirs in HF_NAMES[kind].items():
+def _family(cfg: ModelConfig) -> str:
+    """The family whose models compute what ours of this shape do."""
+    shape = cfg.n_decoder_layers > 0, cfg.positions
+    return next(name for name, (_, *its) in FAMILIES.items() if tuple(its) == shape)
+
+
+def _hf_class(family: str) -> type:
+    hf = _transformers()
+    if family == OURS:
+        import hf_seq2seq as hf
+    return getattr(hf, FAMILIES[family][0])
+
+
+def _hf_names(family: str, name: str) -> list[str]:
+    for ours, theirs in HF_NAMES[family].items():
         name = name.replace(ours, theirs)
-    return [name.replace("KV", part) for part in KV[kind]] if "KV" in name else [name]
+    return [name.replace("KV", part) for part in KV[family]] if "KV" in name else [name]
 
 
 def hf_config(cfg: ModelConfig, ids: SpecialIds) -> object:
     """Their configuration (a PretrainedConfig) of our model."""
-    common = dict(pad_token_id=ids.pad, bos_token_id=ids.bos, eos_token_id=ids.eos, tie_word_embeddings=True)
-    if cfg.n_decoder_layers == 0:
-        return _transformers().XLMRobertaXLConfig(
-            vocab_size=cfg.vocab_size,
-            hidden_size=cfg.d_model,
-            num_hidden_layers=cfg.n_encoder_layers,
-            num_attention_heads=cfg.n_heads,
-            intermediate_size=cfg.d_ff,
-            max_position_embeddings=cfg.max_len + 1,
-            hidden_dropout_prob=cfg.dropout,
-            attention_probs_dropout_prob=0.0,
-            hidden_act="gelu",
-            layer_norm_eps=1e-5,
-            type_vocab_size=1,
-            **common,
-        )
-    return _transformers().BlenderbotConfig(
-        vocab_size=cfg.vocab_size,
-        d_model=cfg.d_model,
-        encoder_layers=cfg.n_encoder_layers,
-        decoder_layers=cfg.n_decoder_layers,
-        encoder_attention_heads=cfg.n_heads,
-        decoder_attention_heads=cfg.n_heads,
-        encoder_ffn_dim=cfg.d_ff,
-        decoder_ffn_dim=cfg.d_ff,
-        max_position_embeddings=cfg.max_len,
-        dropout=cfg.dropout,
-        attention_dropout=0.0,
-        activation_dropout=0.0,
-        activation_function="gelu",
-        scale_embedding=False,
-        decoder_start_token_id=ids.bos,
-        forced_eos_token_id=None,
-        encoder_no_repeat_ngram_size=0,
-        **common,
-    )
+    family = _family(cfg)
+    settings = {theirs: getattr(cfg, ours) for ours, theirs in HF_SETTINGS[family].items()}
+    settings |= dict(vocab_size=cfg.vocab_size, tie_word_embeddings=True)
+    settings |= dict(pad_token_id=ids.pad, bos_token_id=ids.bos, eos_token_id=ids.eos)
+    if cfg.n_decoder_layers:
+        settings |= dict(is_encoder_decoder=True, decoder_start_token_id=ids.bos)
+    else:
+        settings |= dict(attention_probs_dropout_prob=0.0, layer_norm_eps=1e-5)
+    if family == "xlm-roberta-xl":
+        settings |= dict(max_position_embeddings=cfg.max_len + 1, hidden_act="gelu", type_vocab_size=1)
+    if family == "esm":
+        settings |= dict(position_embedding_type="rotary", emb_layer_norm_before=False)
+        settings |= dict(token_dropout=False, mask_token_id=ids.mask)
+    if family == "blenderbot":
+        settings |= dict(decoder_attention_heads=cfg.n_heads, decoder_ffn_dim=cfg.d_ff, activation_function="gelu")
+        settings |= dict(attention_dropout=0.0, activation_dropout=0.0, scale_embedding=False)
+        settings |= dict(forced_eos_token_id=None, encoder_no_repeat_ngram_size=0)
+    if family == OURS:
+        settings |= dict(fusion=False)
+    return _hf_class(family).config_class(**settings)
 
 
 def hf_tokenizer(model: bytes, max_len: int) -> object:
@@ -171,31 +211,50 @@ def hf_tokenizer(model: bytes, max_len: int) -> object:
 
 
 def hf_model(model: nn.Module) -> nn.Module:
-    """The same model, of the same tensors, as transformers has it."""
-    hf, kind, cfg = _transformers(), "seq2seq" if hasattr(model, "decoder") else "encoder", model.cfg
-    make = hf.XLMRobertaXLForMaskedLM if kind == "encoder" else hf.BlenderbotForConditionalGeneration
-    theirs = make(hf_config(cfg, SpecialIds(cfg.vocab_size)))
+    """The same model, of the same tensors, as transformers has it. ESM alone has no dropout on its embeddings."""
+    cfg, family = model.cfg, _family(model.cfg)
+    theirs = _hf_class(family)(hf_config(cfg, SpecialIds(cfg.vocab_size)))
     weights: dict[str, Tensor] = {}
     for name, x in model.state_dict().items():
-        names = _hf_names(kind, name)
+        names = _hf_names(family, name)
         weights |= zip(names, x.chunk(len(names)))
-    if kind == "encoder":
+    if family == "xlm-roberta-xl":
         weights[POSITIONS] = nn.functional.pad(weights[POSITIONS], (0, 0, 1, 0))
         weights["roberta.embeddings.token_type_embeddings.weight"] = torch.zeros(1, cfg.d_model)
-        weights["lm_head.decoder.weight"] = weights["roberta.embeddings.word_embeddings.weight"]
         weights["lm_head.decoder.bias"] = weights["lm_head.bias"]
-    else:
+    if family == "esm":
+        weights["esm.contact_head.regression.weight"] = torch.zeros(1, cfg.n_encoder_layers * cfg.n_heads)
+        weights["esm.contact_head.regression.bias"] = torch.zeros(1)
+        weights |= {name: x for name, x in theirs.state_dict().items() if name.endswith(".inv_freq")}
+    if family == "blenderbot":
         weights["final_logits_bias"] = torch.zeros(1, cfg.vocab_size)
-        for name in ("model.encoder.embed_tokens", "model.decoder.embed_tokens", "lm_head"):
-            weights[f"{name}.weight"] = weights["model.shared.weight"]
+    embed = weights[_hf_names(family, "embed.weight")[0]]
+    weights |= {name: embed for name in theirs.state_dict() if name.endswith(TIED)}
     theirs.load_state_dict(weights, assign=True)
     theirs.tie_weights()
     return theirs
 
 
+def _modelling_file() -> str:
+    """The code of a rotary seq2seq model for transformers: model.py up to its generation, then hf_seq2seq.py."""
+    model, wrapper = (Path(__file__).with_name(name).read_text("utf-8") for name in ("model.py", "hf_seq2seq.py"))
+    model = model[: model.index("# Generation --")].replace("from objectives import IGNORE", f"IGNORE = {IGNORE}")
+    return model + re.sub(r"^from model import .*\n", "", wrapper, flags=re.MULTILINE)
+
+
+def _older_names(theirs: nn.Module) -> dict[str, Tensor]:
+    """Tensors by names that transformers 4 and 5 read: 4 has the rates of rotary positions in every layer of ESM."""
+    weights = theirs.state_dict()
+    if (rates := weights.pop("esm.rotary_embeddings.inv_freq", None)) is not None:
+        for i in range(theirs.config.num_hidden_layers):
+            weights[f"esm.encoder.layer.{i}.attention.self.rotary_embeddings.inv_freq"] = rates.clone()
+    return weights
+
+
 def to_hf(model: nn.Module, checkpoint: dict, folder: Path) -> None:
     """Writes a folder that transformers loads unchanged: weights, config, fast tokenizer, and our tokenizer.model.
 
+    A rotary seq2seq model has its code there, which transformers runs with `trust_remote_code=True`.
     Raises InputError when it cannot be written, and leaves nothing behind.
     """
     theirs = hf_model(model)
@@ -203,8 +262,17 @@ def to_hf(model: nn.Module, checkpoint: dict, folder: Path) -> None:
 
     theirs.config.history = checkpoint["history"]
     try:
-        theirs.save_pretrained(folder)
+        if theirs.config.model_type == OURS:
+            names = {"AutoConfig": "Seq2SeqConfig", "AutoModelForSeq2SeqLM": "Seq2SeqLM"}
+            theirs.config.auto_map = {auto: f"modeling_seq2seq.{name}" for auto, name in names.items()}
+            folder.mkdir(parents=True)
+            (folder / "modeling_seq2seq.py").write_text(_modelling_file(), "utf-8")
+        theirs.save_pretrained(folder, state_dict=_older_names(theirs), save_original_format=False)
         hf_tokenizer(checkpoint["tokenizer"], model.cfg.max_len).save_pretrained(folder)
+        path = folder / "tokenizer_config.json"
+        settings = json.loads(path.read_bytes())
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+        path.write_text(json.dumps(settings | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2), "utf-8")
         (folder / "tokenizer.model").write_bytes(checkpoint["tokenizer"])
     except (OSError, SafetensorError) as error:
         shutil.rmtree(folder, ignore_errors=True)
@@ -212,35 +280,34 @@ def to_hf(model: nn.Module, checkpoint: dict, folder: Path) -> None:
 
 
 def from_hf(folder: Path) -> dict:
-    """The checkpoint of a folder of one of the two families. Raises InputError for any other, naming what differs."""
-    hf = _transformers()
+    """The checkpoint of a folder of one of the families; code that lies in it is not run.
+
+    Raises InputError for any other folder, naming what differs.
+    """
+    _transformers()
     try:
-        config = hf.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        family = json.loads((folder / "config.json").read_bytes())["model_type"]
+        load = _hf_class(family) if family in FAMILIES else None
+        config = load and load.config_class.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # of several libraries' own kinds
         raise InputError(f"{folder / 'config.json'}: missing or damaged ({str(error).splitlines()[0]})") from None
+    if load is None:
+        raise InputError(f"{folder}: of family {family}; only {', '.join(FAMILIES)} have our shape")
     tokenizer = read_tokenizer(folder / "tokenizer.model")
-    if config.model_type == "xlm-roberta-xl":
-        kind, load = "encoder", hf.XLMRobertaXLForMaskedLM
-        shape = dict(d_model=config.hidden_size, n_heads=config.num_attention_heads, d_ff=config.intermediate_size)
-        shape |= dict(n_encoder_layers=config.num_hidden_layers, max_len=config.max_position_embeddings - 1)
-        shape |= dict(dropout=config.hidden_dropout_prob)
-    elif config.model_type == "blenderbot":
-        kind, load = "seq2seq", hf.BlenderbotForConditionalGeneration
-        shape = dict(d_model=config.d_model, n_heads=config.encoder_attention_heads, d_ff=config.encoder_ffn_dim)
-        shape |= dict(n_encoder_layers=config.encoder_layers, n_decoder_layers=config.decoder_layers)
-        shape |= dict(max_len=config.max_position_embeddings, dropout=config.dropout)
-    else:
-        raise InputError(f"{folder}: of family {config.model_type}; only xlm-roberta-xl and blenderbot have our shape")
     vocab_size = load_tokenizer(tokenizer, folder / "tokenizer.model").vocab_size()
     if config.vocab_size != vocab_size:
         raise InputError(f"{folder}: {config.vocab_size} embeddings, but {vocab_size} pieces in its tokenizer.model")
+    _, is_seq2seq, positions = FAMILIES[family]
     try:
-        cfg = ModelConfig(vocab_size, **shape)
-    except (TypeError, ValueError) as error:
+        shape = {ours: getattr(config, theirs) for ours, theirs in HF_SETTINGS[family].items()}
+        shape |= dict(vocab_size=vocab_size, positions=positions)
+        shape["max_len"] -= family == "xlm-roberta-xl"  # it has one position more, that of padding
+        cfg = ModelConfig(**shape)
+    except (AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{folder / 'config.json'}: not a shape that our models have: {error}") from None
-    for name, value in hf_config(cfg, SpecialIds(vocab_size)).to_diff_dict().items():
-        if name not in ("transformers_version", "architectures", "dtype") and getattr(config, name, None) != value:
-            raise InputError(f"{folder}: its {name} is {getattr(config, name, None)}, our models have {value}")
+    for name, value in hf_config(cfg, SpecialIds(vocab_size)).to_dict().items():
+        if name not in ASIDE and (its := getattr(config, name, value)) != value:
+            raise InputError(f"{folder}: its {name} is {its}, our models have {value}")
     try:
         options = dict(local_files_only=True, use_safetensors=True, output_loading_info=True)  # no pickles
         model, seen = load.from_pretrained(folder, dtype=torch.float32, **options)
@@ -249,14 +316,15 @@ def from_hf(folder: Path) -> dict:
     if off := sorted(str(x) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for x in seen[key]):
         raise InputError(f"{folder}: {len(off)} tensors are missing or too many, {off[0]} is the first")
     theirs = model.state_dict()
-    if kind == "encoder":
+    if family == "xlm-roberta-xl":
         types = theirs["roberta.embeddings.token_type_embeddings.weight"]  # [1, D], added at every position
         theirs[POSITIONS] = theirs[POSITIONS][1:] + types
-    elif theirs["final_logits_bias"].any():
+    if family == "blenderbot" and theirs["final_logits_bias"].any():
         raise InputError(f"{folder}: its final_logits_bias is not 0, which our models do not have")
     with torch.device("meta"):
-        names = (MaskedLM if kind == "encoder" else Seq2Seq)(cfg).state_dict()
-    weights = {name: torch.cat([theirs[x] for x in _hf_names(kind, name)]) for name in names}
+        names = (Seq2Seq if is_seq2seq else MaskedLM)(cfg).state_dict()
+    weights = {name: torch.cat([theirs[x] for x in _hf_names(family, name)]) for name in names}
+    kind = "seq2seq" if is_seq2seq else "encoder"
     content = as_checkpoint(kind, cfg, weights, tokenizer, getattr(config, "history", []))
     check_content(folder, content)
     return content

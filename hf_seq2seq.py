@@ -1,0 +1,122 @@
+"""A `Seq2Seq` as a model of transformers (4.57 and 5): with its `generate`, `Seq2SeqTrainer` and `save_pretrained`.
+
+transformers has no encoder-decoder with Pre-LN and rotary positions, so a folder that extract.py exports carries the
+code of its model: model.py, up to its section on generation, and this file behind it, as one module. Shapes as there.
+"""
+
+from dataclasses import fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+
+from model import IGNORE, ModelConfig, Seq2Seq, _init_weights, _placed
+
+
+class Seq2SeqConfig(PretrainedConfig):
+    """The fields of `ModelConfig` beside those that transformers has for any model, special ids among them."""
+
+    model_type = "sequential-seq2seq"
+    attribute_map = {"num_hidden_layers": "n_decoder_layers", "hidden_size": "d_model"}  # noqa: RUF012 (their names)
+
+
+class Seq2SeqLM(PreTrainedModel, GenerationMixin):
+    """`Seq2Seq`, called as transformers calls its own models; the tensors have the names of ours behind `model.`."""
+
+    config_class = Seq2SeqConfig
+    accepts_loss_kwargs = False  # the loss is a mean whatever the Trainer says about accumulated batches
+
+    def __init__(self, config: Seq2SeqConfig):
+        super().__init__(config)
+        self.model = Seq2Seq(ModelConfig(**{field.name: getattr(config, field.name) for field in fields(ModelConfig)}))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        _init_weights(module)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The embedding, which is the output projection too: there is no second tensor to tie to it."""
+        return self.model.embed
+
+    def set_input_embeddings(self, embed: nn.Embedding) -> None:
+        """For `resize_token_embeddings`."""
+        self.model.embed = embed
+
+    def get_encoder(self, modality: str | None = None) -> "Seq2SeqLM":
+        """The model itself, which without a target is its encoder."""
+        return self
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:  # [B, T] -> [B, T]
+        """Labels shifted right behind <s>; `DataCollatorForSeq2Seq` asks for them too."""
+        shifted = F.pad(labels[:, :-1], (1, 0), value=self.config.decoder_start_token_id)
+        return shifted.masked_fill(shifted == IGNORE, self.config.pad_token_id)
+
+    def prepare_inputs_for_generation(
+        self,
+        decoder_input_ids: Tensor,
+        past_key_values: EncoderDecoderCache | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_outputs: BaseModelOutput | None = None,
+        **kwargs: object,
+    ) -> dict:
+        """What `forward` needs for the next token: of the target [B, T], with a cache, what it has not seen."""
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        inputs = dict(decoder_input_ids=decoder_input_ids[:, seen:], past_key_values=past_key_values)
+        return inputs | dict(attention_mask=attention_mask, encoder_outputs=encoder_outputs)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        encoder_outputs: BaseModelOutput | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        **kwargs: object,
+    ) -> Seq2SeqLMOutput | BaseModelOutput:
+        """Logits [B, T, V] for source [B, S] and target [B, T]; with labels [B, T] also the mean loss of the real ones.
+
+        Targets are padded at their end, if at all. Without target and labels it is the encoder alone: its output
+        [B, S, D]. Other arguments that transformers passes change nothing. Raises ValueError for a row longer than
+        the model was made for.
+        """
+        src_mask = None if attention_mask is None else attention_mask.bool()
+        enc_out = self.model.encode(input_ids, src_mask) if encoder_outputs is None else encoder_outputs[0]
+        if decoder_input_ids is None and labels is None:
+            return BaseModelOutput(last_hidden_state=enc_out)
+        if decoder_input_ids is None:
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        if past_key_values is None:
+            hidden = self.model.decode(decoder_input_ids, enc_out, src_mask)  # [B, T, D]
+        else:
+            hidden = self._decode_newest(decoder_input_ids, enc_out, src_mask, past_key_values)
+        logits = F.linear(hidden, self.model.embed.weight)
+        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        return Seq2SeqLMOutput(
+            loss=loss, logits=logits, past_key_values=past_key_values, encoder_last_hidden_state=enc_out
+        )
+
+    def _decode_newest(
+        self, tgt_in: Tensor, enc_out: Tensor, src_mask: Tensor | None, cache: EncoderDecoderCache
+    ) -> Tensor:  # [B, T], [B, S, D] -> [B, T, D]
+        """`Seq2Seq.decode` for the T newest tokens; the cache has the keys and values of those before.
+
+        Without dropout: it serves generation.
+        """
+        start, decoder = cache.get_seq_length(), self.model.decoder
+        x, turn = _placed(decoder, self.model.embed(tgt_in), start)  # [B, T, D]
+        causal = torch.ones(x.shape[1], start + x.shape[1], dtype=torch.bool, device=x.device).tril(start)
+        mask = None if src_mask is None else src_mask[:, None, None, :]  # [B, 1, 1, S]
+        for i, block in enumerate(decoder.blocks):
+            h = block.attn_norm(x)
+            k, v = cache.self_attention_cache.update(*block.attn.keys_values(h, turn), i)  # [B, H, start + T, K]
+            if start == 0:
+                cache.cross_attention_cache.update(*block.cross.keys_values(enc_out), i)
+            cross = cache.cross_attention_cache.layers[i]
+            x = x + block.attn(h, k, v, causal, turn=turn)
+            x = x + block.cross(block.cross_norm(x), cross.keys, cross.values, mask)
+            x = x + block.ffn(block.ffn_norm(x))
+        return decoder.norm(x)
