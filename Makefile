@@ -1,5 +1,5 @@
 # make demo   environment, then the three commands on the embedded corpus, into demo/
-# make test   environment, then the tests
+# make test   environment, then the tests; with a second environment, of an older transformers, that reads exports
 # make bench  speed and memory beside transformers and nn.Transformer (70 minutes)
 # make soak   200 kills of training runs at random instants, each resumed (about 10 minutes)
 # make fuzz   125,000 damaged files into every reader (about 10 minutes)
@@ -14,6 +14,11 @@ BIN := $(CURDIR)/.venv/bin
 	$(BIN)/pip install -q -r tests/requirements.txt
 	touch $@
 
+.venv-old/ready: requirements.txt tests/requirements-old.txt
+	$(PYTHON) -m venv .venv-old
+	.venv-old/bin/pip install -q -r tests/requirements-old.txt
+	touch $@
+
 demo: .venv/ready
 	rm -rf demo && mkdir demo
 	cd demo && $(BIN)/torchrun ../train_encoder.py
@@ -23,8 +28,8 @@ demo: .venv/ready
 	  seen=$$(tail -n 1 $${stage%:*}.run/metrics.jsonl | sed 's/.*"mean": \([0-9]*\.[0-9]\{2\}\).*/\1/'); \
 	  echo "$${stage%:*}.pt: held-out loss $$seen, expected about $${stage#*:}"; done
 
-test: .venv/ready
-	$(BIN)/python -m pytest
+test: .venv/ready .venv-old/ready
+	TRANSFORMERS_OLD=$(CURDIR)/.venv-old/bin/python $(BIN)/python -m pytest
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/throughput.py
@@ -37,4 +42,4 @@ fuzz: .venv/ready
 	FUZZ=25000 $(BIN)/python -m pytest tests/test_hostile.py -k fuzz
 
 clean:
-	rm -rf .venv demo sample/data
+	rm -rf .venv .venv-old demo sample/data

@@ -1,5 +1,7 @@
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+MODULES = tempfile.TemporaryDirectory()  # for code that transformers copies out of a folder, else in the user's home
+os.environ["HF_MODULES_CACHE"] = MODULES.name
 
 import torch  # noqa: E402
 

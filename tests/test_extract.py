@@ -2,10 +2,14 @@
 
 import builtins
 import json
+import os
 import random
 import re
 import resource
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,11 +34,21 @@ def twelve(tmp_path_factory):
     return folder
 
 
+both = pytest.mark.parametrize("positions", ["rotary", "learned"])
+
+
 @pytest.fixture
-def checkpoints(command, twelve, tmp_path):
+def positions() -> str:
+    """Of the models in `checkpoints`, for a test that is not of `both`."""
+    return "rotary"
+
+
+@pytest.fixture
+def checkpoints(command, twelve, tmp_path, positions):
     """enc.pt and seq2seq.pt whose every weight is random: no bias at 0, no LayerNorm at 1."""
-    command(train_encoder, "--data", twelve, *SMALL, *ROWS, "--steps", 0, "--out", "enc.pt")
-    command(train_seq2seq, "--data", twelve, *SMALL, *ROWS, "--decoder-layers", 3, "--steps", 0, "--out", "seq2seq.pt")
+    common = ("--data", twelve, *SMALL, *ROWS, "--positions", positions, "--steps", 0)
+    command(train_encoder, *common, "--out", "enc.pt")
+    command(train_seq2seq, *common, "--decoder-layers", 3, "--out", "seq2seq.pt")
     torch.manual_seed(0)
     for name in ("enc.pt", "seq2seq.pt"):
         checkpoint = load_checkpoint(tmp_path / name)
@@ -51,44 +65,58 @@ def padded(n: int, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
     return src.masked_fill(~mask, 0), mask
 
 
-def grads(model, kind: str, names) -> dict[str, torch.Tensor]:
+def load(folder: str) -> torch.nn.Module:
+    """An exported model as its user loads it; nothing is missing, nothing too many."""
+    family = json.loads(Path(folder, "config.json").read_text())["architectures"][0]
+    auto = transformers.AutoModelForMaskedLM if "MaskedLM" in family else transformers.AutoModelForSeq2SeqLM
+    model, info = auto.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    return model.eval()
+
+
+def up_to_eos(rows: torch.Tensor) -> list[list[int]]:
+    """Rows without what stands behind </s>: their beam search writes </s> again where the id of <pad> is 0."""
+    return [row[: row.index(2) + 1] if 2 in row else row for row in rows.tolist()]
+
+
+def grads(model, names) -> dict[str, torch.Tensor]:
     """Gradients of their model under our names."""
     theirs = {name: p.grad for name, p in model.named_parameters()}
-    if kind == "encoder":
+    if extract.POSITIONS in theirs:
         theirs[extract.POSITIONS] = theirs[extract.POSITIONS][1:]
-    return {name: torch.cat([theirs[x] for x in extract._hf_names(kind, name)]) for name in names}
+    return {name: torch.cat([theirs[x] for x in extract._hf_names(model.config.model_type, name)]) for name in names}
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@both
 def test_an_encoder_is_the_same_model_there(command, checkpoints):
     command(extract, "enc.pt", "--to-hf", "hf")
-    theirs, info = transformers.XLMRobertaXLForMaskedLM.from_pretrained("hf", output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    theirs = load("hf")
     ours, _ = load_model(checkpoints / "enc.pt")
     src, mask = padded(5, 30)
-    close(theirs.eval()(src, attention_mask=mask.long()).logits[mask], ours.logits(src, mask)[mask])
+    close(theirs(src, attention_mask=mask.long()).logits[mask], ours.logits(src, mask)[mask])
     labels = torch.where((torch.rand(src.shape) < 0.3) & mask, src, IGNORE)
     loss = theirs(src, attention_mask=mask.long(), labels=labels).loss
     loss.backward()
     mean = ours(src, labels, mask) / (labels != IGNORE).sum()
     mean.backward()
     close(loss, mean)
-    for name, grad in grads(theirs, "encoder", dict(ours.named_parameters())).items():
+    for name, grad in grads(theirs, dict(ours.named_parameters())).items():
         close(grad, ours.get_parameter(name).grad)
 
 
+@both
 def test_a_seq2seq_model_is_the_same_model_there(command, checkpoints):
     command(extract, "seq2seq.pt", "--to-hf", "hf")
-    theirs, info = transformers.BlenderbotForConditionalGeneration.from_pretrained("hf", output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    theirs = load("hf")
     ours, _ = load_model(checkpoints / "seq2seq.pt")
     src, mask = padded(5, 30)
     tgt_out, real = padded(5, 20)
     tgt_in = torch.cat([torch.ones(5, 1, dtype=torch.long), tgt_out[:, :-1]], 1)
-    logits = theirs.eval()(src, attention_mask=mask.long(), decoder_input_ids=tgt_in).logits
+    logits = theirs(src, attention_mask=mask.long(), decoder_input_ids=tgt_in).logits
     close(logits, ours.logits(src, tgt_in, mask))
     tgt_out = tgt_out.masked_fill(~real, IGNORE)
     loss = theirs(src, attention_mask=mask.long(), decoder_input_ids=tgt_in, labels=tgt_out).loss
@@ -96,33 +124,37 @@ def test_a_seq2seq_model_is_the_same_model_there(command, checkpoints):
     mean = ours(src, tgt_in, tgt_out, mask) / real.sum()
     mean.backward()
     close(loss, mean)
-    for name, grad in grads(theirs, "seq2seq", dict(ours.named_parameters())).items():
+    for name, grad in grads(theirs, dict(ours.named_parameters())).items():
         close(grad, ours.get_parameter(name).grad)
 
 
-@pytest.mark.parametrize("beams, penalty", [(1, 1.0), (2, 1.0), (4, 1.0), (4, 0.0), (3, 2.0)])
+@both
+@pytest.mark.parametrize("beams, penalty", [(1, 1.0), (2, 1.0), (4, 1.0), (4, 0.0), (3, 1.5)])
 def test_generation_gives_the_same_tokens_there(command, checkpoints, beams, penalty):
-    """Of a model with few pieces in play, so that </s> comes early in some rows and late in others."""
+    """Of a model with few pieces and a strong decoder, so that </s> comes early in some rows and late in others."""
     path = checkpoints / "seq2seq.pt"
     checkpoint = load_checkpoint(path)
-    checkpoint["weights"]["embed.weight"][120:] *= 0.01
-    checkpoint["weights"]["embed.weight"][2] *= 1.5
+    checkpoint["weights"]["embed.weight"][30:] *= 0.01
+    checkpoint["weights"]["embed.weight"][2] *= 3
+    for name, x in checkpoint["weights"].items():
+        x *= 3 if name.startswith("decoder.blocks") else 1
     torch.save(checkpoint, path)
     command(extract, "seq2seq.pt", "--to-hf", "hf")
-    theirs = transformers.BlenderbotForConditionalGeneration.from_pretrained("hf").eval()
-    assert theirs.generation_config.encoder_no_repeat_ngram_size == 0  # their default is 3: no copying of the source
+    theirs = load("hf")
+    assert not theirs.generation_config.encoder_no_repeat_ngram_size  # Blenderbot's is 3: no copying of the source
     ours, _ = load_model(path)
     src, mask = padded(12, 20)
-    src = torch.where(mask, 2 + src % 118, src)
+    src = torch.where(mask, 2 + src % 28, src)
     mine = generate(ours, src, mask, bos=1, eos=2, pad=0, max_new=15, beams=beams, length_penalty=penalty)
+    mine = up_to_eos(mine)
     more = dict(num_beams=beams, length_penalty=penalty, do_sample=False) if beams > 1 else dict(do_sample=False)
-    seen = theirs.generate(src, attention_mask=mask.long(), max_new_tokens=15, **more)[:, 1:]
-    # Behind a finished hypothesis their beam search writes </s> again where the id of <pad> is 0: compare up to it.
-    mine, seen = ([row[: row.index(2) + 1] if 2 in row else row for row in x.tolist()] for x in (mine, seen))
-    assert mine == seen
+    for use_cache in (True, False)[: 1 + (beams == 2)]:
+        seen = theirs.generate(src, attention_mask=mask.long(), max_new_tokens=15, use_cache=use_cache, **more)[:, 1:]
+        assert mine == up_to_eos(seen)
     assert len({len(row) for row in mine}) > 1 and any(row[-1] == 2 for row in mine)
 
 
+@both
 @pytest.mark.parametrize("name", ["enc.pt", "seq2seq.pt"])
 def test_there_and_back_loses_no_bit(command, checkpoints, name):
     command(extract, name, "--to-hf", "hf")
@@ -133,18 +165,15 @@ def test_there_and_back_loses_no_bit(command, checkpoints, name):
     assert {key: before[key] for key in before if key != "weights"} == {k: after[k] for k in after if k != "weights"}
 
 
-@pytest.mark.parametrize("family", ["xlm-roberta-xl", "blenderbot"])
-def test_a_model_that_was_made_there(command, checkpoints, family):
+@both
+@pytest.mark.parametrize("kind", ["encoder", "seq2seq"])
+def test_a_model_that_was_made_there(command, checkpoints, kind):
     """Their own initialisation with their own quirks: embeddings of token types, dropout on nothing of ours."""
-    kind = "encoder" if family == "xlm-roberta-xl" else "seq2seq"
     command(extract, {"encoder": "enc.pt", "seq2seq": "seq2seq.pt"}[kind], "--to-hf", "hf")
-    config = transformers.AutoConfig.from_pretrained("hf")
-    del config.history
+    exported = load("hf")
+    del exported.config.history
     torch.manual_seed(1)
-    if kind == "encoder":
-        model = transformers.XLMRobertaXLForMaskedLM(config).eval()
-    else:
-        model = transformers.BlenderbotForConditionalGeneration(config).eval()
+    model = type(exported)(exported.config).eval()
     for p in model.parameters():
         p.data += 0.1 * torch.randn(p.shape)
     model.save_pretrained("theirs")
@@ -189,6 +218,7 @@ def test_the_fast_tokenizer_gives_our_ids(command, checkpoints):
     assert set(fast("a line")) == {"input_ids", "attention_mask"} and fast.model_max_length == 32
 
 
+@both
 def test_fill_mask_and_generate_work_there(command, checkpoints):
     for name in ("enc", "seq2seq"):
         command(extract, f"{name}.pt", "--to-hf", name)
@@ -198,10 +228,68 @@ def test_fill_mask_and_generate_work_there(command, checkpoints):
     (seen, *_) = transformers.pipeline("fill-mask", "enc")("The river is <mask> in winter.")
     assert seen["score"] == pytest.approx(best[1], rel=1e-4)
     assert tokenizer.id_to_piece(seen["token"]).replace("▁", " ") == best[0]
-    model = transformers.AutoModelForSeq2SeqLM.from_pretrained("seq2seq")
-    fast = transformers.AutoTokenizer.from_pretrained("seq2seq")
+    model = load("seq2seq")
+    fast = transformers.AutoTokenizer.from_pretrained("seq2seq", trust_remote_code=True)
     out = model.generate(**fast("The river is in winter.", return_tensors="pt"), max_new_tokens=5)
     assert out.shape[0] == 1 and out[0, 0] == 1 and isinstance(fast.decode(out[0]), str)
+
+
+def test_target_tokens_may_come_several_at_a_time(command, checkpoints):
+    """The cache takes a prompt as a whole, goes on with several tokens, then with one."""
+    command(extract, "seq2seq.pt", "--to-hf", "hf")
+    model, (src, mask), (tgt, _) = load("hf"), padded(5, 30), padded(5, 20)
+    common = dict(encoder_outputs=model.get_encoder()(src, mask), attention_mask=mask)
+    caches = [transformers.DynamicCache(config=model.config) for _ in range(2)]
+    cache = transformers.EncoderDecoderCache(*caches)
+    parts = [model(**common, decoder_input_ids=x, past_key_values=cache).logits for x in tgt.split([7, 12, 1], 1)]
+    close(torch.cat(parts, 1), model(**common, decoder_input_ids=tgt).logits)
+
+
+def test_more_pieces_there(command, checkpoints):
+    command(extract, "seq2seq.pt", "--to-hf", "hf")
+    model, (src, mask) = load("hf"), padded(5, 30)
+    before = model(src, mask, labels=src).logits
+    model.resize_token_embeddings(3010)
+    after = model(src, mask, labels=src).logits
+    assert after.shape[-1] == 3010
+    close(after[..., :3000], before)
+
+
+@both
+@pytest.mark.parametrize("python", [sys.executable, os.environ.get("TRANSFORMERS_OLD")], ids=["same", "old"])
+def test_the_folders_do_without_this_project(command, checkpoints, tmp_path_factory, python):
+    """In a process of its own, in the older transformers too; what it writes, its own training included, is read."""
+    if python is None:
+        pytest.skip("TRANSFORMERS_OLD names no Python with transformers 4.57; make test does")
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    for name in ("enc", "seq2seq"):
+        command(extract, f"{name}.pt", "--to-hf", elsewhere / name)
+    encoder, seq2seq = (load_model(checkpoints / name)[0] for name in ("enc.pt", "seq2seq.pt"))
+    (src, mask), (tgt, real) = padded(5, 20), padded(5, 12)
+    tgt_in = torch.cat([torch.ones(5, 1, dtype=torch.long), tgt[:, :-1]], 1)
+    ours = load_tokenizer(load_checkpoint(checkpoints / "enc.pt")["tokenizer"], "x")
+    expected = dict(src=src, mask=mask, tgt=tgt, real=real, lines=texts()[::10])
+    with torch.no_grad():
+        expected |= dict(enc=encoder.logits(src, mask), seq2seq=seq2seq.logits(src, tgt_in, mask))
+        expected["loss"] = (seq2seq(src, tgt_in, tgt.masked_fill(~real, IGNORE), mask) / real.sum()).item()
+    expected["ids"] = [[*ours.encode(line), 2] for line in expected["lines"]]
+    common = dict(bos=1, eos=2, pad=0, max_new=10)
+    expected["tokens"] = {beams: generate(seq2seq, src, mask, beams=beams, **common) for beams in (1, 4)}
+    torch.save(expected, elsewhere / "expected.pt")
+    script = Path(__file__).with_name("load_exported.py")
+    environment = os.environ | {"HF_MODULES_CACHE": str(elsewhere / "modules")}
+    line = [python, "-I", script, elsewhere]
+    run = subprocess.run(line, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    for name in ("enc", "seq2seq"):
+        shutil.copy(elsewhere / name / "tokenizer.model", elsewhere / f"{name}-again")
+        command(extract, "--from-hf", elsewhere / f"{name}-again", "--out", f"{name}-again.pt")
+        before, after = (load_checkpoint(checkpoints / f"{x}.pt")["weights"] for x in (name, f"{name}-again"))
+        assert all(torch.equal(x, after[key]) for key, x in before.items())
+    if (trained := elsewhere / "trained").exists():
+        shutil.copy(elsewhere / "seq2seq" / "tokenizer.model", trained)
+        command(extract, "--from-hf", trained, "--out", "trained.pt")
+        close(load_model(checkpoints / "trained.pt")[0].logits(src, tgt_in, mask), torch.load(trained / "logits.pt"))
 
 
 # Bad input ---------------------------------------------------------------------------------------------------------
@@ -225,7 +313,23 @@ def checkpoints_data(folder) -> str:
     return load_checkpoint(folder / "enc.pt")["history"][0]["settings"]["data"]
 
 
-def test_folders_of_others_are_refused(command, checkpoints):
+@pytest.fixture
+def changed(command, checkpoints):
+    """Arguments to import the exported model in hf/ with other values in its config.json; None drops one."""
+
+    def change(**values) -> tuple[str, ...]:
+        config = json.loads((checkpoints / "hf" / "config.json").read_text()) | values
+        shutil.rmtree("changed", ignore_errors=True)
+        shutil.copytree("hf", "changed")
+        config = {name: value for name, value in config.items() if value is not None}
+        (checkpoints / "changed" / "config.json").write_text(json.dumps(config))
+        return "--from-hf", "changed", "--out", "x.pt"
+
+    return change
+
+
+@pytest.mark.parametrize("positions", ["learned"])
+def test_folders_of_others_are_refused(command, checkpoints, changed):
     out = ("--out", "x.pt")
     refused(command, "nowhere/config.json: missing or damaged", "--from-hf", "nowhere", *out)
     command(extract, "enc.pt", "--to-hf", "hf")
@@ -234,15 +338,7 @@ def test_folders_of_others_are_refused(command, checkpoints):
     refused(command, "no: no such folder to write x.pt to; create it", "seq2seq.pt", "--out", "no/x.pt")
     (checkpoints / "new.part").mkdir()
     refused(command, "new.part: exists; remove it or give another folder", "enc.pt", "--to-hf", "new")
-
-    def changed(**values):
-        config = json.loads((checkpoints / "hf" / "config.json").read_text())
-        shutil.rmtree("changed", ignore_errors=True)
-        shutil.copytree("hf", "changed")
-        (checkpoints / "changed" / "config.json").write_text(json.dumps(config | values))
-        return "--from-hf", "changed", *out
-
-    refused(command, "changed: of family bert; only xlm-roberta-xl", *changed(model_type="bert"))
+    refused(command, "changed: of family bert; only xlm-roberta-xl, esm", *changed(model_type="bert"))
     refused(command, "changed: 2999 embeddings, but 3000 pieces in its", *changed(vocab_size=2999))
     refused(command, "changed: its hidden_act is relu, our models have gelu", *changed(hidden_act="relu"))
     refused(command, "config.json: not a shape that our models have: d_model 32", *changed(num_attention_heads=3))
@@ -259,6 +355,31 @@ def test_folders_of_others_are_refused(command, checkpoints):
 
     arguments = changed(num_hidden_layers=3)
     refused(command, "changed: 16 tensors are missing or too many", *arguments)
+
+
+def test_rotary_folders_that_differ_are_refused(command, checkpoints, changed):
+    command(extract, "enc.pt", "--to-hf", "hf")
+    refused(command, "changed: its rope_theta is 500.0, our models have 10000.0", *changed(rope_theta=500.0))
+    refused(command, "its position_embedding_type is absolute", *changed(position_embedding_type="absolute"))
+    refused(command, "changed: its token_dropout is True", *changed(token_dropout=True))
+    refused(command, "changed: its emb_layer_norm_before is True", *changed(emb_layer_norm_before=True))
+    refused(command, "changed: its is_decoder is True, our models have False", *changed(is_decoder=True))
+    refused(command, "changed: 33 tensors are missing or too many", *changed(num_hidden_layers=4))
+    refused(command, "n_heads 32 of width 32 are odd", *changed(num_attention_heads=32))
+    shutil.rmtree("hf")
+    command(extract, "seq2seq.pt", "--to-hf", "hf")
+    refused(command, "changed: its positions is learned, our models have rotary", *changed(positions="learned"))
+    refused(command, "changed: its fusion is True, our models have False", *changed(fusion=True))
+    refused(command, "config.json: not a shape that our models have: 'Seq2SeqConfig'", *changed(d_ff=None))
+    refused(command, "config.json: missing or damaged", *changed(model_type=None))
+    assert not (checkpoints / "x.pt").exists()
+
+
+def test_the_import_runs_no_code_of_the_folder(command, checkpoints):
+    command(extract, "seq2seq.pt", "--to-hf", "hf")
+    (checkpoints / "hf" / "modeling_seq2seq.py").write_text("raise SystemExit('run')")
+    command(extract, "--from-hf", "hf", "--out", "again.pt")
+    assert (checkpoints / "again.pt").exists()
 
 
 def test_a_full_disk_leaves_no_folder(checkpoints, script):
