@@ -42,8 +42,7 @@ def train(model, tokenizer, expected: dict, out: Path) -> None:
     assert trainer.evaluate()["eval_loss"] < before
     trainer.save_model(str(out))
     with torch.no_grad():
-        tgt_in = model.prepare_decoder_input_ids_from_labels(expected["tgt"])
-        logits = model(expected["src"], expected["mask"].long(), decoder_input_ids=tgt_in).logits
+        logits = model(expected["src"], expected["mask"].long(), decoder_input_ids=expected["tgt_in"]).logits
     torch.save(logits, out / "logits.pt")
 
 

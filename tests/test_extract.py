@@ -257,7 +257,7 @@ def test_more_pieces_there(command, checkpoints):
 
 @both
 @pytest.mark.parametrize("python", [sys.executable, os.environ.get("TRANSFORMERS_OLD")], ids=["same", "old"])
-def test_the_folders_do_without_this_project(command, checkpoints, tmp_path_factory, python):
+def test_the_folders_do_without_this_project(command, checkpoints, tmp_path_factory, positions, python):
     """In a process of its own, in the older transformers too; what it writes, its own training included, is read."""
     if python is None:
         pytest.skip("TRANSFORMERS_OLD names no Python with transformers 4.57; make test does")
@@ -268,7 +268,7 @@ def test_the_folders_do_without_this_project(command, checkpoints, tmp_path_fact
     (src, mask), (tgt, real) = padded(5, 20), padded(5, 12)
     tgt_in = torch.cat([torch.ones(5, 1, dtype=torch.long), tgt[:, :-1]], 1)
     ours = load_tokenizer(load_checkpoint(checkpoints / "enc.pt")["tokenizer"], "x")
-    expected = dict(src=src, mask=mask, tgt=tgt, real=real, lines=texts()[::10])
+    expected = dict(src=src, mask=mask, tgt=tgt, tgt_in=tgt_in, real=real, lines=texts()[::10])
     with torch.no_grad():
         expected |= dict(enc=encoder.logits(src, mask), seq2seq=seq2seq.logits(src, tgt_in, mask))
         expected["loss"] = (seq2seq(src, tgt_in, tgt.masked_fill(~real, IGNORE), mask) / real.sum()).item()
@@ -281,12 +281,14 @@ def test_the_folders_do_without_this_project(command, checkpoints, tmp_path_fact
     line = [python, "-I", script, elsewhere]
     run = subprocess.run(line, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    for name in ("enc", "seq2seq"):
+    # Blenderbot's config as 4.57 writes it, with a null for encoder_no_repeat_ngram_size, is refused by transformers 5.
+    unread = positions == "learned" and python != sys.executable
+    for name in ("enc",) if unread else ("enc", "seq2seq"):
         shutil.copy(elsewhere / name / "tokenizer.model", elsewhere / f"{name}-again")
         command(extract, "--from-hf", elsewhere / f"{name}-again", "--out", f"{name}-again.pt")
         before, after = (load_checkpoint(checkpoints / f"{x}.pt")["weights"] for x in (name, f"{name}-again"))
         assert all(torch.equal(x, after[key]) for key, x in before.items())
-    if (trained := elsewhere / "trained").exists():
+    if (trained := elsewhere / "trained").exists() and not unread:
         shutil.copy(elsewhere / "seq2seq" / "tokenizer.model", trained)
         command(extract, "--from-hf", trained, "--out", "trained.pt")
         close(load_model(checkpoints / "trained.pt")[0].logits(src, tgt_in, mask), torch.load(trained / "logits.pt"))
@@ -364,7 +366,7 @@ def test_rotary_folders_that_differ_are_refused(command, checkpoints, changed):
     refused(command, "changed: its token_dropout is True", *changed(token_dropout=True))
     refused(command, "changed: its emb_layer_norm_before is True", *changed(emb_layer_norm_before=True))
     refused(command, "changed: its is_decoder is True, our models have False", *changed(is_decoder=True))
-    refused(command, "changed: 33 tensors are missing or too many", *changed(num_hidden_layers=4))
+    refused(command, "changed: its weights cannot be read", *changed(num_hidden_layers=4))
     refused(command, "n_heads 32 of width 32 are odd", *changed(num_attention_heads=32))
     shutil.rmtree("hf")
     command(extract, "seq2seq.pt", "--to-hf", "hf")
