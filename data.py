@@ -41,7 +41,7 @@ from objectives import ORDER, InputError, OneProcessError, SpecialIds, sample_rn
 
 HERE = Path(__file__).resolve().parent
 SAMPLE_TEXT, SAMPLE_DATA = HERE / "sample" / "text", HERE / "sample" / "data"  # the embedded corpus, and its shards
-SAMPLE_OPTIONS = dict(vocab_size=4000, valid_fraction=0.15, seed=0)
+SAMPLE_OPTIONS = dict(vocab_size=2000, valid_fraction=0.15, seed=0)
 
 EXTENSIONS = tuple(f".{kind}{packed}" for kind in ("txt", "jsonl", "json") for packed in ("", ".gz", ".xz"))
 TOKENIZER_CHARS = 8_000_000  # characters the tokenizer is trained on, in equal shares of the languages

@@ -116,7 +116,7 @@ def print_sample(
 ) -> None:
     """The start of one held-out row in each language: damaged, as the model repairs it, and as it was."""
     for language in languages:
-        row = data.valid_row(language, 0)[:24]
+        row = data.valid_row(language, 0)[:64]
         example = objective(row, sample_rng(0, VALID_NOISE, 0))
         src = torch.from_numpy(example["src"])[None].to(trainer.device())
         if kind == "encoder":
@@ -125,7 +125,7 @@ def print_sample(
             asked = torch.from_numpy(example["labels"] != trainer.IGNORE)
             repaired = torch.where(asked, best.cpu(), src[0].cpu()).tolist()
         else:
-            repaired = rebuild(model, data.ids, src, beams)
+            repaired = rebuild(model, data.ids, src, beams)[: len(row)]  # a row has no end to stop at
         print()
         for title, tokens in (("given", src[0].tolist()), ("model", repaired), ("text", row.tolist())):
             print(f"{language} {title:5}  {show(data.tokenizer, data.ids, tokens)}")

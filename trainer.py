@@ -53,10 +53,10 @@ class TrainConfig:
     """How to train. Defaults suit the embedded corpus; paper, recalled: 1M tokens a batch, 500k updates, Adam, bf16."""
 
     data: str = flag(SAMPLE, "data folder written by data.py, or sample/data: the embedded corpus")
-    steps: int = flag(150, "updates; 0 writes an initialised checkpoint")
+    steps: int = flag(500, "updates; 0 writes an initialised checkpoint")
     batch_size: int = flag(32, "rows an update, over all processes")
     micro_batch_size: int = flag(0, "rows at a time on one process, 0 for all of its share")
-    seq_len: int = flag(128, "tokens a row, special ones included; with --init that checkpoint's max_len")
+    seq_len: int = flag(64, "tokens a row, special ones included; with --init that checkpoint's max_len")
     lr: float = flag(0.0, "peak learning rate of AdamW, 0 for 0.016 / sqrt(d_model): 1e-3 at 256, 5e-4 at 1024")
     embed_lr: float = flag(0.0, "peak learning rate of the embedding, 0 for 3 times --lr")
     muon_lr: float = flag(0.02, "peak learning rate of Muon")
@@ -169,7 +169,7 @@ def _parse_flags(description: str, kind: str, configs: list[type]) -> dict:
     parser.add_argument("--out", type=Path, default=Path(default_out), help="checkpoint to write (default %(default)s)")
     parser.add_argument("--init", help="encoder checkpoint to start from; it sets the model's shape")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of --out")
-    parser.add_argument("--preset", choices=PRESETS, help="model size (default tiny); flags below change parts of it")
+    parser.add_argument("--preset", choices=PRESETS, help="model size (default micro); flags below change parts of it")
     for config in configs:
         group = parser.add_argument_group(config.__name__)
         for f in fields(config):
@@ -265,9 +265,9 @@ def _resumed(stored: dict, flags: dict, newest: Path) -> dict:
 
 
 def _shape(preset: dict, init: dict | None, flags: dict) -> dict:
-    """Shape of a new run's model: the preset's, or that of --init's encoder with a decoder as deep, or tiny's."""
+    """Shape of a new run's model: the preset's, or that of --init's encoder with a decoder as deep, or micro's."""
     if init is None:
-        return preset or PRESETS["tiny"]
+        return preset or PRESETS["micro"]
     shape = {name: value for name, value in init["config"].items() if name not in ("n_decoder_layers", "fusion")}
     for name, value in (preset | flags).items():
         if name != "dropout" and shape.get(name, value) != value:
@@ -695,6 +695,8 @@ def _fit(
         save_checkpoint(run.out, checkpoint())
         cost = f"{spent['tokens']:,} tokens, {spent['flops']:.3g} FLOPs, {spent['seconds']:.0f} s of training"
         say(f"{run.out}: {cfg.steps} steps, {cost}" + (f", {spent['skipped']} skipped" if spent["skipped"] else ""))
+        if cfg.steps:
+            say(f"{run.out}: {log.summary()}")
 
 
 class _Batches(Dataset):
@@ -804,6 +806,7 @@ class _Log:
     def __init__(self, run: Run):
         self.run, self.path, self.lock = run, run.folder / "metrics.jsonl", None
         self.entropy = sum(map(run.data.unigram_entropy, run.data.languages)) / len(run.data.languages)
+        self.means: dict[int, float] = {}  # updates done -> held-out loss
         done = run.state["spent"]["steps"] if run.state else 0
         self.bar = tqdm(total=run.train.steps, initial=done, desc=run.out.name, disable=None if rank() == 0 else True)
         if rank() == 0:
@@ -819,6 +822,7 @@ class _Log:
                 if run.state is None and self.path.exists():  # of a run whose checkpoints are gone
                     self.path.rename(run.folder / f"metrics-{len(list(run.folder.glob('metrics*')))}.jsonl")
                 self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+                self.means = {line["step"]: line["mean"] for line in kept if "held_out" in line}
             except BlockingIOError:
                 self.lock.close()
                 raise InputError(f"{run.folder}: another run writes there; wait, or give another --out") from None
@@ -854,10 +858,14 @@ class _Log:
 
     def losses(self, done: int, losses: dict[str, float]) -> None:
         """Held-out losses in nats, by language, after so many updates."""
-        mean = sum(losses.values()) / len(losses)
+        self.means[done] = mean = sum(losses.values()) / len(losses)
         self._write(step=done, held_out=losses, mean=mean)
-        each = ", ".join(f"{x} {y:.2f}" for x, y in losses.items())
-        say(f"step {done}: held-out loss {mean:.3f}, of single pieces {self.entropy:.3f} ({each})")
+        say(f"step {done}: held-out loss {mean:.3f}")
+
+    def summary(self) -> str:
+        """What the run brought, beside the loss of who knows how frequent each piece is and ignores the context."""
+        means = list(self.means.values())
+        return f"held-out loss {means[0]:.2f} before, {means[-1]:.2f} after; of single pieces {self.entropy:.2f}"
 
     def not_finite(self, steps: list[int]) -> str:
         """Writes down the samples of these steps; returns what to tell the user."""

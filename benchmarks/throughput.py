@@ -73,7 +73,10 @@ def model_config(o: dict) -> ModelConfig:
     shape = dict(PRESETS[o["preset"]])
     if o["task"] == "mlm":
         shape["n_decoder_layers"] = 0
-    return ModelConfig(o["vocab"], max_len=max(512, o["length"]), **shape | {"dropout": o["dropout"]})
+    more = {"dropout": o["dropout"], "positions": o["positions"]}
+    if o["task"] != "mlm" and o.get("who", "").startswith("transformers"):
+        more["positions"] = "learned"  # it has no seq2seq model of our shape with rotary ones
+    return ModelConfig(o["vocab"], max_len=max(512, o["length"]), **shape | more)
 
 
 def objective_of(task: str, ids: SpecialIds) -> trainer.Objective:
@@ -223,6 +226,7 @@ def fetching(o: dict, rounds: int) -> float:
 
 
 BASE = dict(preset="tiny", vocab=16000, rows=32, length=128, dropout=0.0, compile=False, frozen=False)
+BASE |= dict(positions="rotary")
 
 
 def training(task: str, rounds: int, **more) -> None:
@@ -245,6 +249,14 @@ def training(task: str, rounds: int, **more) -> None:
             speed = f"{o['rows'] * o['length'] / seconds:9,.0f} tokens/s, {memory / 2**20:6,.0f} MB"
             ratios = f"{seconds / found[0][0]:.2f} x the time, {memory / found[0][1]:.2f} x the memory of ours"
             print(f"  {name:25} {speed}   {ratios * (name != 'ours')}", flush=True)
+
+
+def positions(rounds: int) -> None:
+    """What the rotation of queries and keys costs: an update beside one with learned positions."""
+    for preset, task, dtype in itertools.product(("tiny", "small"), ("mlm", "denoise"), ("bf16", "fp32")):
+        o = BASE | dict(task=task, who="ours", dtype=dtype, preset=preset)
+        (a, _), (b, _) = take_turns([o, o | {"positions": "learned"}], rounds, 3 if preset == "tiny" else 1)
+        print(f"{task}, {preset}, {dtype}: rotary {a:.3f} s, learned {b:.3f} s an update: {a / b:.3f}", flush=True)
 
 
 def frozen(rounds: int) -> None:
@@ -489,6 +501,7 @@ PARTS: dict[str, Callable[[int], None]] = {
     "denoise-compiled": lambda rounds: training("denoise", rounds, compile=True),
     "small-compiled": lambda rounds: training("mlm", rounds, preset="small", compile=True),
     "denoise-small-compiled": lambda rounds: training("denoise", rounds, preset="small", compile=True),
+    "positions": positions,
     "frozen": frozen,
     "vocabulary": vocabulary,
     "generation": generation,

@@ -1,6 +1,6 @@
 # Read by every recipe: what SCALE=demo|mini|paper means. Nothing else differs between the scales.
 #
-#   recipes/roberta-12e.sh                                  # the embedded corpus, 150 updates, minutes on a laptop
+#   recipes/roberta-12e.sh                                  # the embedded corpus, 500 updates, minutes on a laptop
 #   SCALE=mini DATA=DATA recipes/roberta-12e.sh             # a data folder of data.py, 2,000 updates
 #   SCALE=mini DATA=DATA SEED=1 recipes/roberta-12e.sh      # once more, from other random numbers
 #   SCALE=paper DATA=DATA TORCHRUN="torchrun --nproc-per-node 8" recipes/roberta-12e.sh
@@ -13,8 +13,8 @@ unset CDPATH # with it, cd prints where it went
 # From scratch; the second stage, 0.7 of it; the MLM continuation, 1/5 of it.
 case ${SCALE:=demo} in
 demo)
-  SHAPE=(--preset tiny --batch-size 32 --seq-len 128)
-  STEPS=150 SECOND=105 MORE=30 ;;
+  SHAPE=(--preset micro --batch-size 32 --seq-len 64)
+  STEPS=500 SECOND=350 MORE=100 ;;
 mini) # 8M tokens a model from scratch
   SHAPE=(--preset tiny --batch-size 32 --seq-len 128 --eval-every 250)
   STEPS=2000 SECOND=1400 MORE=400 ;;

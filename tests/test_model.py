@@ -205,6 +205,14 @@ def test_rotation_is_the_formula():
     assert (turned[i].item(), turned[i + 32].item()) == pytest.approx((pair.real, pair.imag), abs=1e-5)
 
 
+def test_a_table_made_in_inference_mode_serves_training():
+    with torch.inference_mode():
+        model = seq2seq(max_len=17)
+        model.encode(src := torch.randint(6, 120, (1, 17)))
+    model = seq2seq(max_len=17)
+    model(src.clone(), src.clone(), src.clone()).backward()
+
+
 def test_rotary_scores_depend_on_the_distance_alone():
     q, k, table = torch.randn(1, 8, 2, 16), torch.randn(1, 8, 2, 16), rotary_table(500, 16, torch.device("cpu"))
     here, far = (
