@@ -192,5 +192,8 @@ def warm_start(model: nn.Module, path: object, weights: dict[str, Tensor]) -> No
     if unfit:
         raise InputError(f"{path}: does not fit this model: {unfit[0]} is missing, of another shape, or one too many")
     model.load_state_dict({name: weights[name] for name in loaded}, strict=False)
-    for title, names in {"loaded": loaded, **rest}.items():
-        say(f"{path}: {title} {len(names)} tensors ({', '.join(sorted({part[name] for name in names})) or '-'})")
+    counts = [
+        f"{title} {len(names)} tensors ({', '.join(sorted({part[name] for name in names})) or '-'})"
+        for title, names in {"loaded": loaded, **rest}.items()
+    ]
+    say(f"{path}: {', '.join(counts)}")

@@ -847,8 +847,6 @@ class _Log:
 
     def step(self, step: int, loss: float, norm: float, lr: float, speed: float) -> None:
         """One update: loss in nats, gradient norm, AdamW's rate, tokens a second."""
-        if step == 0:
-            say(f"step 0: loss {loss:.3f}, ln V = {math.log(self.run.model.vocab_size):.3f}")
         self.bar.set_postfix_str(f"loss {loss:.3f}, norm {norm:.2f}, lr {lr:.1e}, {speed:,.0f} tokens/s")
         self.bar.update()
         if step % self.run.train.log_every == 0:
@@ -860,7 +858,10 @@ class _Log:
         """Held-out losses in nats, by language, after so many updates."""
         self.means[done] = mean = sum(losses.values()) / len(losses)
         self._write(step=done, held_out=losses, mean=mean)
-        say(f"step {done}: held-out loss {mean:.3f}")
+        say(
+            f"step {done}: held-out loss {mean:.3f}"
+            + f", ln V = {math.log(self.run.model.vocab_size):.3f}" * (not done)
+        )
 
     def summary(self) -> str:
         """What the run brought, beside the loss of who knows how frequent each piece is and ignores the context."""
