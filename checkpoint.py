@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from data import load_tokenizer, rank, say
+from cli import InputError, rank, say
+from data import load_tokenizer
 from model import MaskedLM, ModelConfig, Seq2Seq
-from objectives import InputError
 
 MODELS = {"encoder": MaskedLM, "seq2seq": Seq2Seq}
 

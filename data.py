@@ -12,7 +12,6 @@ documents closed by </s>. Sample i is a pure function of (seed, i).
 """
 
 import argparse
-import contextlib
 import gzip
 import io
 import json
@@ -20,8 +19,6 @@ import lzma
 import os
 import random
 import re
-import signal
-import sys
 import uuid
 import zlib
 from collections import deque
@@ -37,7 +34,8 @@ import numpy as np
 import sentencepiece as spm
 from tqdm import tqdm
 
-from objectives import ORDER, InputError, OneProcessError, SpecialIds, sample_rng
+from cli import InputError, OneProcessError, run_command
+from objectives import ORDER, SpecialIds, sample_rng
 
 HERE = Path(__file__).resolve().parent
 SAMPLE_TEXT, SAMPLE_DATA = HERE / "sample" / "text", HERE / "sample" / "data"  # the embedded corpus, and its shards
@@ -53,71 +51,6 @@ MIN_VOCAB, MAX_VOCAB = 400, 2_000_000  # special tokens and bytes take 362
 SHARD_TOKENS = 1 << 28
 MAGIC = b"tokens01"
 HEADER = 32  # bytes: the magic, 16 of the tokenizer's sha256, the number of tokens
-
-
-def rank() -> int:
-    """Number of this process among those that torchrun started; 0 alone."""
-    return int(os.environ.get("RANK", 0))
-
-
-def world() -> int:
-    """How many processes torchrun started; 1 alone."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def say(line: str) -> None:
-    """Prints a line once, however many processes there are, and leaves a progress bar whole.
-
-    A run outlives its terminal, or the disk that takes what it prints: what cannot be written is let go.
-    """
-    if rank() == 0:
-        with contextlib.suppress(OSError):
-            tqdm.write(line)
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether it says so: numpy by a MemoryError, torch by a RuntimeError."""
-    signs = ("out of memory", "allocate memory", "size calculation overflowed")
-    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)
-
-
-def run_command(main: Callable[[], None]) -> None:
-    """Runs a command's main function; an InputError becomes one line on stderr and exit status 2.
-
-    One process of several ends at once, without the interpreter's tear-down: a thread of the process group that lets go
-    of a tensor in that moment would abort it, its work all done (github.com/pytorch/pytorch/issues/190489).
-    """
-    status = 0
-    name = Path(sys.argv[0]).name
-    try:
-        main()
-        sys.stdout.flush()
-    except InputError as error:
-        if rank() == 0 or isinstance(error, OneProcessError):  # under torchrun every process finds the same mistake
-            print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
-        status = 2
-    except OSError as error:
-        if error.filename is None:  # of what it prints: the rest has nowhere to go
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        status = 2
-        if isinstance(error, BrokenPipeError):  # whoever read it, `head` for one, is gone
-            status = 128 + signal.SIGPIPE
-        else:
-            where, reason = error.filename or f"{name}: what it writes", (error.strerror or str(error)).lower()
-            print(f"{where}: {reason}; change its permissions, make room or name another", file=sys.stderr)
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        reason = str(error).split("\n")[0][:200]
-        print(f"{name}: out of memory ({reason}); smaller micro-batches or a smaller model need less", file=sys.stderr)
-        status = 2
-    except KeyboardInterrupt:
-        status = 130
-    if world() > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
 
 
 # Text --------------------------------------------------------------------------------------------------------------

@@ -25,9 +25,12 @@ from torch import Tensor, nn
 import tasks
 import trainer
 from checkpoint import load_checkpoint, load_model
-from data import HERE, TokenData, load_tokenizer, rank, run_command
-from model import PRESETS, ModelConfig, generate
-from objectives import VALID_NOISE, InputError, SpecialIds, sample_rng
+from cli import InputError, build, rank, run_command
+from compute import batch_flops, paper_saving, saved
+from data import HERE, TokenData, load_tokenizer
+from generate import generate
+from model import ModelConfig
+from objectives import VALID_NOISE, SpecialIds, sample_rng
 from report import report
 from train_encoder import MLMConfig, encoder_objective
 from train_seq2seq import DenoiseConfig, seq2seq_objective
@@ -175,11 +178,11 @@ def scratch_flops(kind: str, config: dict, settings: dict, ids: SpecialIds) -> f
     """FLOPs of one update of a model of a kind trained from scratch with the given shape and settings."""
     cfg = ModelConfig(**config) if kind == "seq2seq" else ModelConfig(**config | {"n_decoder_layers": 0})
     make_config, make = OBJECTIVES[kind]
-    objective = make(ids, trainer.build(make_config, settings))
+    objective = make(ids, build(make_config, settings))
     row = torch.full((settings["seq_len"],), ids.ordinary).numpy()
     n = min(settings["batch_size"], 64)  # a sample: only drop and MLM make every row of the same length
     examples = [objective(row, sample_rng(0, VALID_NOISE, i)) for i in range(n)]
-    return trainer.batch_flops(cfg, trainer.collate(examples, ids.pad)) * settings["batch_size"] / n
+    return batch_flops(cfg, trainer.collate(examples, ids.pad)) * settings["batch_size"] / n
 
 
 def print_cost(paths: list[Path]) -> None:
@@ -205,30 +208,18 @@ def print_cost(paths: list[Path]) -> None:
         except (KeyError, TypeError) as missing:
             raise InputError(f"{path}: its history lacks {missing}; only our training scripts' can be priced") from None
         both = steps * sum(per_update.values())
-        saved = 1 - total["flops"] / both if both else 0.0
-        print(f"  both from scratch at {steps:,} updates each: {both:.3g} FLOPs; saved {saved:.1%}\n")
+        share = saved(history, both) or 0.0
+        print(f"  both from scratch at {steps:,} updates each: {both:.3g} FLOPs; saved {share:.1%}\n")
     print_paper_saving()
 
 
 def print_paper_saving() -> None:
-    """The saving at the paper's scale for several points of unfreezing, by our count and by the simple one.
-
-    The simple count: a stack's forward is 1, its backward 2, encoder and decoder cost alike, nothing else counts.
-    500k updates of each model from scratch against 500k of the encoder and 350k of the second stage.
-    """
-    shape = {name: value for name, value in PRESETS["paper"].items() if name != "n_decoder_layers"}
-    cfg, enc = (ModelConfig(150_000, max_len=512, n_decoder_layers=n, **shape) for n in (12, 0))
-    noise = round(512 * 0.15)
-    mlm = trainer.train_flops(enc, 1, 512, 0, noise)
-    frozen, unfrozen = (trainer.train_flops(cfg, 1, 512 - noise, 512, 512, frozen) for frozen in (True, False))
+    """The saving at the paper's scale for several points of unfreezing, by our count and by the simple one."""
     print("At the paper's shape (rows of 512; 500k updates from scratch each; 350k in the second stage):")
     print("  --unfreeze-at   saved   saved by the count 'stack forward 1, backward 2'")
     for at in (0, 0.43, 0.5, 0.57, 1):
-        saved = [
-            1 - (10 * a + 7 * (at * f + (1 - at) * u)) / (10 * (a + u))
-            for a, f, u in ((mlm, frozen, unfrozen), (3, 1 + 3, 3 + 3))
-        ]
-        print(f"  {at:13}  {saved[0]:6.1%}  {saved[1]:6.1%}")
+        ours, simple = paper_saving(at)
+        print(f"  {at:13}  {ours:6.1%}  {simple:6.1%}")
 
 
 def settings_of(checkpoint: dict) -> dict:
@@ -367,7 +358,7 @@ def main() -> None:
             raise InputError(f"--langs {language}: not in the data, which has {' '.join(data.languages)}")
     config, make = OBJECTIVES[kind]
     same = {"clm_fraction": 0.0, "mask_prob": MLMConfig.mask_prob}  # so that the losses of two models compare
-    objective = make(ids, trainer.build(config, settings | same))
+    objective = make(ids, build(config, settings | same))
     if args.task == "fusion":
         if not model.cfg.fusion:
             raise InputError(f"{args.checkpoint}: trained without --fusion, there are no layer weights to show")

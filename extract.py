@@ -15,6 +15,7 @@ folders load in transformers 4.57 and 5. These two options need `pip install tra
 """
 
 import argparse
+import inspect
 import json
 import re
 import shutil
@@ -26,9 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import as_checkpoint, check_content, load_model, save_checkpoint, warm_start
-from data import load_tokenizer, read_tokenizer, run_command
+from cli import InputError, flag, run_command
+from data import load_tokenizer, read_tokenizer
 from model import MaskedLM, ModelConfig, Seq2Seq
-from objectives import IGNORE, InputError, SpecialIds
+from objectives import IGNORE, SpecialIds
 
 OURS = "sequential-seq2seq"
 FAMILIES = {  # of transformers, by its name there; its class; whether it is a seq2seq model; its positions
@@ -236,9 +238,10 @@ def hf_model(model: nn.Module) -> nn.Module:
 
 
 def _modelling_file() -> str:
-    """The code of a rotary seq2seq model for transformers: model.py up to its generation, then hf_seq2seq.py."""
+    """The code of a rotary seq2seq model for transformers: model.py, then hf_seq2seq.py, with no other file of ours."""
     model, wrapper = (Path(__file__).with_name(name).read_text("utf-8") for name in ("model.py", "hf_seq2seq.py"))
-    model = model[: model.index("# Generation --")].replace("from objectives import IGNORE", f"IGNORE = {IGNORE}")
+    imported = f"from dataclasses import field\n\nIGNORE = {IGNORE}\n\n\n{inspect.getsource(flag)}"
+    model = model.replace("from cli import flag\nfrom objectives import IGNORE\n", imported)
     return model + re.sub(r"^from model import .*\n", "", wrapper, flags=re.MULTILINE)
 
 

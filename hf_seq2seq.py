@@ -1,7 +1,7 @@
 """A `Seq2Seq` as a model of transformers (4.57 and 5): with its `generate`, `Seq2SeqTrainer` and `save_pretrained`.
 
 transformers has no encoder-decoder with Pre-LN and rotary positions, so a folder that extract.py exports carries the
-code of its model: model.py, up to its section on generation, and this file behind it, as one module. Shapes as there.
+code of its model: model.py and this file behind it, as one module. Shapes as there.
 """
 
 from dataclasses import fields

@@ -10,7 +10,7 @@ Boolean masks are True where a token is real, the sense of `scaled_dot_product_a
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -18,12 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cli import flag
 from objectives import IGNORE
-
-
-def flag(default: object, text: str, **more: object) -> object:
-    """A dataclass field that is also a command-line flag; `more` may hold `choices`, `from_preset`, `decoder_only`."""
-    return field(default=default, metadata={"help": text, **more})
 
 
 @dataclass(frozen=True)
@@ -57,6 +53,8 @@ class ModelConfig:
             raise ValueError(f"n_decoder_layers is {self.n_decoder_layers}: it must be 0 or more")
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}: change one of them")
+        if self.positions not in ("rotary", "learned"):
+            raise ValueError(f"positions is {self.positions!r}: it must be rotary or learned")
         if self.positions == "rotary" and self.d_model // self.n_heads % 2:
             raise ValueError(f"n_heads {self.n_heads} of width {self.d_model} are odd: rotary positions need even ones")
         if not 0 <= self.dropout < 1:
@@ -460,99 +458,3 @@ class Seq2Seq(nn.Module):
         """Sum of the losses in nats over the real positions of tgt_out [B, T], for src [B, S] and tgt_in [B, T]."""
         hidden = self.decode(tgt_in, self.encode(src, src_mask), src_mask)  # [B, T, D]
         return projection_loss(hidden.flatten(0, 1), self.embed.weight, None, tgt_out.flatten())
-
-
-# Generation --------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def generate(
-    model: Seq2Seq,
-    src: Tensor,
-    src_mask: Tensor | None = None,
-    *,
-    bos: int,
-    eos: int,
-    pad: int,
-    max_new: int,
-    beams: int = 1,
-    length_penalty: float = 1.0,
-    use_cache: bool = True,
-) -> Tensor:
-    """Target tokens for sources [B, S]: [B, T] with T <= max_new, each row up to its eos and then pad.
-
-    beams 1 takes the likeliest token each time; more is beam search, which returns the finished hypothesis with the
-    largest sum of log-probabilities / length ** length_penalty (Wu et al. 2016, equation 14, without its constants).
-    A cache saves computing keys and values again and changes no token. max_new is cut to the model's positions.
-    """
-    enc_out = model.encode(src, src_mask)  # [B, S, D]
-    cache = [{} for _ in model.decoder.blocks] if use_cache else None
-    max_new = min(max_new, model.cfg.max_len)
-    if beams > 1:
-        enc_out = enc_out.repeat_interleave(beams, 0)  # [B * beams, S, D]
-        src_mask = None if src_mask is None else src_mask.repeat_interleave(beams, 0)
-
-    def next_logits(tokens: Tensor) -> Tensor:  # [N, T] -> [N, V]
-        hidden = model.decode(tokens[:, -1:] if use_cache else tokens, enc_out, src_mask, cache)[:, -1]
-        return (model.embed.weight @ hidden.T).T.float()  # this way round a CPU is faster with few rows
-
-    tokens = torch.full((len(enc_out), 1), bos, device=src.device)
-    if beams > 1:
-        return _beam_search(next_logits, tokens, cache, beams, eos, pad, max_new, length_penalty)
-    done = torch.zeros(len(src), dtype=torch.bool, device=src.device)
-    for _ in range(max_new):
-        token = next_logits(tokens).argmax(-1).masked_fill(done, pad)  # [B]
-        tokens = torch.cat([tokens, token[:, None]], 1)
-        done |= token == eos
-        if done.all():
-            break
-    return tokens[:, 1:]
-
-
-def _beam_search(
-    next_logits: Callable[[Tensor], Tensor],
-    tokens: Tensor,
-    cache: list[dict] | None,
-    k: int,
-    eos: int,
-    pad: int,
-    max_new: int,
-    length_penalty: float,
-) -> Tensor:  # [B * k, 1] -> [B, T]
-    """Keeps the k best unfinished hypotheses of each source and the k best finished ones."""
-    n = len(tokens) // k  # sources, B
-    score = torch.full((n, k), -torch.inf, device=tokens.device)
-    score[:, 0] = 0.0  # the k first hypotheses are the same one
-    best = torch.full((n, k, max_new + 1), pad, device=tokens.device)
-    best_score = torch.full((n, k), -torch.inf, device=tokens.device)
-    done = torch.zeros(n, dtype=torch.bool, device=tokens.device)
-
-    def finish(sequences: Tensor, scores: Tensor) -> None:  # [B, m, T], [B, m]
-        sequences = F.pad(sequences, (0, max_new + 1 - sequences.shape[2]), value=pad)
-        top, at = torch.cat([best_score, scores], 1).topk(k)  # [B, k]
-        best_score.copy_(top)
-        best.copy_(torch.cat([best, sequences], 1).gather(1, at[:, :, None].expand_as(best)))
-
-    for length in range(1, max_new + 1):
-        log_probs = next_logits(tokens).log_softmax(-1)  # [B * k, V]
-        vocab = log_probs.shape[1]
-        # Of 2k candidates at most k end here, so k unfinished ones are left.
-        top, at = (score.view(-1, 1) + log_probs).view(n, -1).topk(2 * k)  # [B, 2k]
-        beam, token = at // vocab, at % vocab
-        before = tokens.view(n, k, -1).gather(1, beam[:, :, None].expand(-1, -1, tokens.shape[1]))
-        candidates = torch.cat([before, token[:, :, None]], 2)  # [B, 2k, T]
-        ends = token == eos
-        ended = ends & (torch.arange(2 * k, device=at.device) < k) & ~done[:, None]
-        finish(candidates, torch.where(ended, top / length**length_penalty, -torch.inf))
-        score, keep = top.masked_fill(ends, -torch.inf).topk(k)  # [B, k]
-        tokens = candidates.gather(1, keep[:, :, None].expand(-1, -1, candidates.shape[2])).flatten(0, 1)
-        rows = (beam.gather(1, keep) + k * torch.arange(n, device=at.device)[:, None]).flatten()  # [B * k]
-        for layer in cache or ():
-            layer["self"] = tuple(x.index_select(0, rows) for x in layer["self"])
-        done |= score[:, 0] / length**length_penalty <= best_score[:, -1]  # the best left does not beat the worst found
-        if done.all():
-            break
-    unfinished = torch.where(done[:, None], -torch.inf, score / max_new**length_penalty)
-    finish(tokens.view(n, k, -1), unfinished)
-    best = best[:, 0, 1:]  # [B, max_new]
-    return best[:, : 1 + max((best != pad).any(0).nonzero().flatten().tolist(), default=0)]

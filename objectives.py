@@ -13,14 +13,7 @@ from math import lgamma, log, sqrt
 
 import numpy as np
 
-
-class InputError(ValueError):
-    """A mistake of the user's: one line that names what is wrong and the remedy; the commands exit with status 2."""
-
-
-class OneProcessError(InputError):
-    """A fault that only one of several processes may see: that of a row, say, which one of them alone reads."""
-
+from cli import InputError, OneProcessError
 
 IGNORE = -100  # label of a position that carries no loss
 ORDER, NOISE, VALID_NOISE = range(3)  # streams: one per use of the seed, so that no two uses share random numbers

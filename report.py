@@ -10,7 +10,8 @@ import os
 import statistics
 from pathlib import Path
 
-from objectives import InputError
+from cli import InputError
+from compute import saved
 from tasks import GENERATION, METRICS, lines, mean_sd
 from trainer import read_metrics
 
@@ -68,12 +69,11 @@ def in_order(names: set[str]) -> list[str]:
     return [name for name in ROWS if name in names] + sorted(names - set(ROWS))
 
 
-def saved(results: list[dict], of: dict) -> str:
+def pair_saved(results: list[dict], of: dict) -> str:
     """The share of FLOPs that both models in a result's history take less than each from scratch."""
     scratch = {r["row"]: r["flops"] for r in results if r["row"] in ("roberta-12e", "bart-12e12d")}
-    pair = {"encoder", "seq2seq"} <= {stage.get("stage") for stage in of["history"]}
-    both = sum(scratch.values()) if len(scratch) == 2 else 0.0  # models before their first update cost nothing
-    return f"{1 - of['flops'] / both:.1%}" if pair and both else "-"
+    share = saved(of["history"], sum(scratch.values()) if len(scratch) == 2 else 0.0)
+    return "-" if share is None else f"{share:.1%}"
 
 
 def task_table(results: list[dict], kind: str, tasks: list[str]) -> str:
@@ -88,7 +88,7 @@ def task_table(results: list[dict], kind: str, tasks: list[str]) -> str:
     for name in in_order({r["row"] for r in mine}):
         of = [r for r in mine if r["row"] == name]
         loss = over_runs([r for r in of if r["task"] == "loss"], 3)
-        cells = [name, f"{of[0]['flops']:.2e}", saved(results, of[0]), loss]
+        cells = [name, f"{of[0]['flops']:.2e}", pair_saved(results, of[0]), loss]
         for task in seen:
             for others in (True, False):
                 cells.append(
@@ -160,7 +160,7 @@ def sweep_table(results: list[dict], points: dict[float, dict[str, list[dict]]])
     for at, by_task in points.items():
         scores = [over_runs(by_task.get(task, [])) for task in tasks]
         one = by_task["loss"][0]
-        cells = [f"{at:g}", over_runs(by_task["loss"], 3), *scores, f"{one['flops']:.2e}", saved(results, one)]
+        cells = [f"{at:g}", over_runs(by_task["loss"], 3), *scores, f"{one['flops']:.2e}", pair_saved(results, one)]
         out.append(f"| {' | '.join(cells)} |")
     return "\n".join(out) + "\n"
 

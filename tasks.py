@@ -27,9 +27,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import trainer
-from data import out_of_memory, refuse_packed_twice
-from model import Fusion, generate
-from objectives import InputError, SpecialIds
+from cli import InputError, out_of_memory
+from data import refuse_packed_twice
+from generate import generate
+from model import Fusion
+from objectives import SpecialIds
 
 METRICS = {  # the first chooses epoch and learning rate
     "nli": ("accuracy",),

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 import trainer
-from data import run_command
-from model import flag
-from objectives import InputError, SpecialIds, mask_tokens
+from cli import InputError, flag, run_command
+from objectives import SpecialIds, mask_tokens
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import numpy as np
 from torch import Tensor
 
 import trainer
-from data import run_command
-from model import Decoder, ModelConfig, flag
-from objectives import InputError, OneProcessError, SpecialIds, clm_row, noise_row
+from cli import InputError, OneProcessError, flag, run_command
+from model import Decoder, ModelConfig
+from objectives import SpecialIds, clm_row, noise_row
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from checkpoint import MODELS, as_checkpoint, load_checkpoint, save_checkpoint, warm_start
-from data import SAMPLE_DATA, SAMPLE_OPTIONS, SAMPLE_TEXT, TokenData, prepare, rank, say, world
-from model import IGNORE, PRESETS, ModelConfig, flag
-from objectives import NOISE, VALID_NOISE, InputError, OneProcessError, sample_rng
+from cli import InputError, OneProcessError, build, flag, flag_name, rank, say, world
+from compute import batch_flops
+from data import SAMPLE_DATA, SAMPLE_OPTIONS, SAMPLE_TEXT, TokenData, prepare
+from model import IGNORE, PRESETS, ModelConfig
+from objectives import NOISE, VALID_NOISE, sample_rng
 
 Example = dict[str, np.ndarray]  # arguments of the model's forward for one row, or for a batch of them
 Objective = Callable[[np.ndarray, np.random.Generator], Example]
@@ -135,25 +137,6 @@ class Run:
         return self.state["history"][:-1] if self.state else self.init["history"] if self.init else []
 
 
-def build(config: type, settings: dict) -> object:
-    """A config dataclass from the settings that it has fields for. Raises InputError naming the flag that is off."""
-    given = {f.name: settings[f.name] for f in fields(config) if f.name in settings}
-    for f in fields(config):
-        if f.name in given and not isinstance(given[f.name], (int, float) if f.type is float else f.type):
-            raise InputError(f"{flag_name(f.name)} {given[f.name]!r}: a {f.type.__name__} is needed")
-    try:
-        return config(**given)
-    except ValueError as error:
-        name, _, rest = str(error).partition(" ")
-        raise InputError(f"{flag_name(name)} {rest}") from None
-
-
-def flag_name(name: str) -> str:
-    """The command-line flag of a config's field."""
-    short = {"n_decoder_layers": "decoder_layers", "n_encoder_layers": "encoder_layers"}.get(name, name)
-    return f"--{short.replace('_', '-')}"
-
-
 def default_lr(d_model: int) -> float:
     """AdamW's peak rate where none is given; a width that no model can have is refused later, by ModelConfig."""
     return 0.016 / math.sqrt(max(1, d_model))
@@ -199,7 +182,7 @@ def start(description: str, kind: str, own: type) -> Run:
         raise InputError(f"--out {out}: name it something.pt; what the run keeps goes to something.run")
     _start_processes(build(TrainConfig, flags).timeout)
     folder, init, state = out.with_suffix(".run"), None, None
-    newest = max(saved(folder), default=folder)
+    newest = max(run_checkpoints(folder), default=folder)
     if resume:
         if newest == folder:
             raise InputError(f"{folder}: nothing to resume; start without --resume")
@@ -511,39 +494,6 @@ def autocast(dtype: str) -> torch.autocast:
 # The loop ----------------------------------------------------------------------------------------------------------
 
 
-def train_flops(cfg: ModelConfig, rows: int, source: int, target: int, projected: int, frozen: bool = False) -> float:
-    """Matrix-product FLOPs of one update, forward and backward, on `rows` rows of `source` and `target` tokens, of
-    which `projected` positions in all meet the output projection.
-
-    A backward pass costs twice its forward: one product for the inputs' gradient, one for the weights'. A frozen
-    encoder has no backward pass; the gradients for its output (but for a fusion of it) and for the frozen embedding
-    are not computed either. Attention fusion itself, less than a thousandth of an encoder's products, is left out.
-    (Soltan et al. 2023 compare compute by counting a stack's forward as 1 and its backward as 2.)
-    """
-    d, layer = cfg.d_model, 2 * (4 * cfg.d_model**2 + 2 * cfg.d_model * cfg.d_ff)  # a block's products, per token
-    encoder = rows * cfg.n_encoder_layers * (source * layer + 4 * source**2 * d)
-    projection = 2 * projected * d * cfg.vocab_size
-    if cfg.n_decoder_layers == 0:  # the last feed-forward layer and the head see the labelled positions alone
-        spared = (rows * source - projected) * 4 * d * cfg.d_ff
-        return 3 * (encoder - spared + projected * 2 * d**2 + projection)
-    cross_kv = rows * cfg.n_decoder_layers * source * 4 * d**2
-    cross = rows * cfg.n_decoder_layers * (target * 4 * d**2 + 4 * target * source * d)
-    decoder = rows * cfg.n_decoder_layers * (target * layer + 4 * target**2 * d) + cross
-    if not frozen:
-        return 3 * (decoder + encoder + cross_kv + projection)
-    return 3 * decoder + encoder + (3 if cfg.fusion else 2) * cross_kv + 2 * projection
-
-
-def batch_flops(cfg: ModelConfig, batch: dict[str, Tensor], frozen: bool = False) -> float:
-    """train_flops of a collated batch, padding included: the decoder projects every position, an MLM encoder only
-    those that carry a label."""
-    rows, source = batch["src"].shape
-    if "labels" in batch:
-        return train_flops(cfg, rows, source, 0, int((batch["labels"] != IGNORE).sum()))
-    target = batch["tgt_in"].shape[1]
-    return train_flops(cfg, rows, source, target, rows * target, frozen)
-
-
 def _optimizers(model: nn.Module, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW on everything, or Muon (Jordan et al. 2024) on the blocks' matrices and AdamW on the rest.
 
@@ -654,7 +604,7 @@ def _fit(
         state["optimizers"] = [optimizer.state_dict()["state"] for optimizer in optimizers]
         save_checkpoint(run.folder / f"{spent['steps']:09d}.pt", checkpoint() | state)
         if rank() == 0:
-            for old in saved(run.folder)[: -cfg.keep]:
+            for old in run_checkpoints(run.folder)[: -cfg.keep]:
                 old.unlink()
 
     def validate() -> None:
@@ -779,7 +729,7 @@ def _update(
     return loss_sum / all_targets, norm, flops, stops > 0
 
 
-def saved(folder: Path) -> list[Path]:
+def run_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints to resume from in a run's folder, the newest last."""
     return sorted(folder.glob("[0-9]" * 9 + ".pt"))
 

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from tqdm import tqdm
 
+import cli
 import data
 import train_encoder
 import train_seq2seq
@@ -49,13 +50,13 @@ def watch(name: str, phase: int, steps: int = 0) -> None:
     original = getattr(trainer, name)
 
     def noted(*args: object, **options: object) -> object:
-        if data.rank() == 0:
+        if cli.rank() == 0:
             before = struct.unpack("qq", shared[:])
             shared[:] = struct.pack("qq", phase, before[1])
         try:
             return original(*args, **options)
         finally:
-            if data.rank() == 0:
+            if cli.rank() == 0:
                 shared[:] = struct.pack("qq", before[0], args[4] + 1 if steps else before[1])
 
     setattr(trainer, name, noted)
@@ -76,7 +77,7 @@ def fork(module: object, flags: list[str], rank: int, world: int, port: int) -> 
     faulthandler.dump_traceback_later(HUNG, exit=True)
     status = 1
     try:
-        data.run_command(module.main)
+        cli.run_command(module.main)
         status = 0
     except SystemExit as end:
         status = end.code
@@ -102,7 +103,7 @@ def run(module: object, world: int, out: str, rng: random.Random | None = None, 
 
     One kill in three is aimed at a save, which is short and where most could go wrong.
     """
-    resumed = trainer.saved(Path(out).with_suffix(".run"))
+    resumed = trainer.run_checkpoints(Path(out).with_suffix(".run"))
     flags = [
         "--out",
         out,
@@ -142,11 +143,11 @@ def soak(module: object, world: int, kills: int, rng: random.Random) -> None:
     seen, lost, resumes, finished, worst = Counter(), [], 0, 0, 0.0
     out, folder = f"soak-{module.__name__}{world}.pt", Path(f"soak-{module.__name__}{world}.run")
     while sum(seen.values()) < kills or finished == 0 or folder.exists():
-        resumes += bool(trainer.saved(folder))
+        resumes += bool(trainer.run_checkpoints(folder))
         over = sum(seen.values()) >= kills
         if not run(module, world, out, None if over else rng, length):
             phase, steps = struct.unpack("qq", shared[:])
-            checkpoints = trainer.saved(folder)
+            checkpoints = trainer.run_checkpoints(folder)
             for path in checkpoints:
                 load_checkpoint(path)
             seen[PHASES[phase]] += 1

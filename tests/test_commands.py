@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, ROWS, SMALL
 
+import cli
 import data
 
 LANGUAGES = ["ar", "de", "en", "es", "fr", "hi", "it", "ja", "mr", "pt", "ta", "te"]
@@ -97,7 +98,7 @@ def test_mistakes_end_with_status_2_and_no_traceback(checkout, line, complaint):
 @pytest.mark.parametrize("ask", [torch.empty, np.empty], ids=["torch", "numpy"])
 def test_too_little_memory_is_one_line(ask, capsys):
     with pytest.raises(SystemExit, match="2"):
-        data.run_command(lambda: ask(1 << 58))
+        cli.run_command(lambda: ask(1 << 58))
     assert re.fullmatch(r"[^\n]*: out of memory \([^\n]*\); smaller micro-batches [^\n]*\n", capsys.readouterr().err)
 
 
@@ -106,7 +107,7 @@ def test_other_faults_of_memory_keep_their_traceback():
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        data.run_command(main)
+        cli.run_command(main)
 
 
 def test_a_folder_that_may_not_be_read_is_one_line(tmp_path, capsys):
@@ -116,7 +117,7 @@ def test_a_folder_that_may_not_be_read_is_one_line(tmp_path, capsys):
         if root:
             os.seteuid(65534)
         with pytest.raises(SystemExit, match="2"):
-            data.run_command(lambda: data.find_text(tmp_path / "text"))
+            cli.run_command(lambda: data.find_text(tmp_path / "text"))
     finally:
         if root:
             os.seteuid(0)
@@ -124,7 +125,7 @@ def test_a_folder_that_may_not_be_read_is_one_line(tmp_path, capsys):
 
 
 def test_output_that_nobody_reads_or_no_disk_takes_is_no_traceback(tmp_path):
-    line = [sys.executable, "-c", "import data; data.run_command(lambda: print('x' * 10**6))"]
+    line = [sys.executable, "-c", "import cli; cli.run_command(lambda: print('x' * 10**6))"]
     for flags, status, said in (
         ("| true", 141, ""),
         ("> /dev/full", 2, "-c: what it writes: no space left on device; "),
@@ -141,7 +142,7 @@ def test_output_that_nobody_reads_or_no_disk_takes_is_no_traceback(tmp_path):
 
 def test_a_name_too_long_is_one_line(capsys):
     with pytest.raises(SystemExit, match="2"):
-        data.run_command(lambda: open("x" * 300))
+        cli.run_command(lambda: open("x" * 300))
     assert capsys.readouterr().err.endswith(
         "xxx: file name too long; change its permissions, make room or name another\n"
     )
@@ -182,4 +183,4 @@ def test_nothing_needs_more_than_the_four_packages():
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             extra = optional.get(path.name, set()) if id(node) in inside else set()
             assert {name.split(".")[0] for name in names} <= allowed | extra, f"{path.name}: {names}"
-    assert len(scripts) == 11
+    assert len(scripts) == 14

@@ -22,7 +22,8 @@ import train_encoder
 import train_seq2seq
 from checkpoint import load_checkpoint, load_model
 from data import SAMPLE_TEXT, InputError, load_tokenizer, prepare
-from model import IGNORE, generate
+from generate import generate
+from model import IGNORE
 from objectives import SpecialIds
 
 

@@ -24,7 +24,7 @@ from conftest import ROWS, SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data
+import cli
 import train_encoder
 from checkpoint import load_checkpoint, load_model
 from data import InputError, TokenData, document_text, load_tokenizer, raw_documents
@@ -427,7 +427,7 @@ def run(line: tuple, folder: Path, report: multiprocessing.connection.Connection
     sys.argv = [f"{line[0]}.py", *line[1:]]
     status = 0
     try:
-        data.run_command(__import__(line[0]).main)
+        cli.run_command(__import__(line[0]).main)
     except SystemExit as end:
         status = end.code
     sys.stderr.flush()

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from generate import generate
 from model import (
     IGNORE,
     PRESETS,
@@ -16,7 +17,6 @@ from model import (
     ModelConfig,
     ProjectionLoss,
     Seq2Seq,
-    generate,
     plain_attention,
     rotary_table,
     rotate,

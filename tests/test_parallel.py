@@ -26,7 +26,7 @@ from model import ModelConfig
 FAULTY = f"""
 import math, os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import data, train_seq2seq, trainer, torch
+import cli, train_seq2seq, trainer, torch
 
 rank, world = (int(os.environ.get(x, d)) for x, d in (("RANK", 0), ("WORLD_SIZE", 1)))
 fault, _, steps = os.environ.get("FAULT", "").partition(" ")
@@ -55,14 +55,14 @@ def main():
         torch.save(model.state_dict(), f"{{os.environ['NAME']}}.rank{{rank}}")
 
 trainer._update = faulty
-data.run_command(main)
+cli.run_command(main)
 """
 
 # Rank 1 comes to its end while a thread of the process group waits for the interpreter, to let go of a tensor.
 LATE = f"""
 import ctypes, os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import data, torch
+import cli, torch
 import torch.distributed as dist
 
 class Slow:
@@ -88,7 +88,7 @@ def main():
     print("done")
 
 slow = Slow()
-data.run_command(main)
+cli.run_command(main)
 """
 
 
@@ -225,7 +225,7 @@ def test_resumed_by_any_number_of_processes_and_either_wrapper(encoder, launch, 
             after = int(fault.split()[1]) + 2  # it comes in one update, and is seen in the next
             assert f"parts.pt: stopped by a signal after {after} steps, all saved; go on with --resume" in done.stdout
             assert not (tmp_path / "parts.pt").exists()
-            assert [path.name for path in trainer.saved(tmp_path / "parts.run")] == [f"{after:09d}.pt"]
+            assert [path.name for path in trainer.run_checkpoints(tmp_path / "parts.run")] == [f"{after:09d}.pt"]
     whole, parts = (load_checkpoint(tmp_path / f"{name}.pt") for name in ("whole", "parts"))
     assert worst(whole["weights"], parts["weights"]) < 1e-6
     seen = [losses(tmp_path / f"{name}.run" / "metrics.jsonl") for name in ("whole", "parts")]
@@ -307,7 +307,7 @@ def test_a_signal_to_the_whole_group_lets_the_last_update_have_its_rows(data_dir
     os.killpg(run.pid, signal.SIGTERM)
     said, _ = run.communicate(timeout=60)
     steps = int(re.search(r"stopped by a signal after (\d+) steps, all saved", said)[1])
-    assert run.returncode == 0 and trainer.saved(tmp_path / "enc.run")[-1].stem == f"{steps:09d}"
+    assert run.returncode == 0 and trainer.run_checkpoints(tmp_path / "enc.run")[-1].stem == f"{steps:09d}"
 
 
 def test_processes_wait_for_the_embedded_corpus_whether_they_find_it_made_or_not(monkeypatch):
@@ -335,7 +335,7 @@ def test_one_run_at_a_time(command, data_dir, tmp_path):
 def test_the_last_checkpoints_are_kept(command, data_dir, tmp_path, keep):
     flags = ["--data", data_dir, *SMALL, *ROWS, "--steps", 6, "--save-every", 1, "--keep", keep]
     command(train_encoder, *flags)
-    names = [path.name for path in trainer.saved(tmp_path / "enc.run")]
+    names = [path.name for path in trainer.run_checkpoints(tmp_path / "enc.run")]
     assert names == [f"{step:09d}.pt" for step in range(7 - keep, 7)]
     if keep == 3:  # an older one serves where the newest is lost
         before = load_checkpoint(tmp_path / "enc.pt")["weights"]

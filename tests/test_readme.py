@@ -145,7 +145,9 @@ def test_every_file_and_function_that_is_named_exists():
         assert found or name in ("scale.sh",), name
     guide = TEXT[TEXT.index("## Reading it") : TEXT.index("## Changing it")]
     code = "".join(path.read_text("utf-8") for path in ROOT.glob("*.py"))
-    for name in re.findall(r"`([A-Za-z_]+)`", guide[guide.index("| in the paper") : guide.index("What the objectives")]):
+    for name in re.findall(
+        r"`([A-Za-z_]+)`", guide[guide.index("| in the paper") : guide.index("What the objectives")]
+    ):
         assert re.search(rf"^(def|class) {name}\b", code, re.M), name
 
 

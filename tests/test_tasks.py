@@ -297,6 +297,8 @@ def test_scores_do_not_depend_on_the_batch(checkpoints, folder, tokenizer, ids, 
     body = load_model(checkpoints / "enc.pt")[0]
     torch.manual_seed(0)
     model = tasks.Heads(body, 4, 3, False)
+    for p in model.parameters():  # large enough weights that predictions differ from each other
+        p.data += 0.2 * torch.randn_like(p)
     items = [Item(w := ["river", "x", "नदी"] * k, ["A"] * len(w), "i") for k in (1, 2, 7, 30, 3)] * 4
     tags, labels = list("ABCD"), list("ijk")
     rows = tasks.rows_of(items, tokenizer, ids, 32, tags, labels)

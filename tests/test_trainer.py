@@ -21,10 +21,11 @@ import train_encoder
 import train_seq2seq
 import trainer
 from checkpoint import load_checkpoint, load_model, save_checkpoint, warm_start
+from compute import batch_flops, train_flops
 from data import InputError, TokenData
 from model import IGNORE, PRESETS, MaskedLM, ModelConfig, Seq2Seq
 from objectives import noise_row
-from trainer import TrainConfig, batch_flops, collate, rate, train_flops
+from trainer import TrainConfig, collate, rate
 
 
 def weights(path) -> dict[str, torch.Tensor]:
@@ -181,7 +182,7 @@ def test_resume_is_exact_across_the_unfreeze_step(command, data_dir, encoder, tm
     with pytest.raises(KeyboardInterrupt):
         command(train_seq2seq, *flags, "--out", "cut.pt")
     monkeypatch.setattr(trainer._Log, "step", real)
-    assert not (tmp_path / "cut.pt").exists() and trainer.saved(tmp_path / "cut.run")
+    assert not (tmp_path / "cut.pt").exists() and trainer.run_checkpoints(tmp_path / "cut.run")
     command(train_seq2seq, "--out", "cut.pt", "--resume")
     assert same(weights(tmp_path / "cut.pt"), weights(tmp_path / "whole.pt"))
     whole, cut_ = (metrics(tmp_path / f"{name}.run" / "metrics.jsonl") for name in ("whole", "cut"))
@@ -450,7 +451,7 @@ def test_the_log_of_a_run_whose_checkpoints_are_gone_is_kept(command, data_dir, 
     for number in range(3):
         command(train_encoder, *flags, "--seed", number)
         (tmp_path / "enc.pt").unlink()
-        trainer.saved(tmp_path / "enc.run")[-1].unlink()
+        trainer.run_checkpoints(tmp_path / "enc.run")[-1].unlink()
     logs = [(tmp_path / "enc.run" / f"metrics{x}.jsonl").read_text() for x in ("-1", "-2", "")]
     assert len(set(logs)) == 3
 
@@ -614,7 +615,7 @@ def test_a_full_disk_ends_a_run_with_one_line_and_it_can_go_on(data_dir, tmp_pat
     script("train_encoder.py", *flags, "--out", "enc.pt")
     expected = load_checkpoint(tmp_path / "enc.pt")["weights"]
     (tmp_path / "enc.pt").unlink()
-    *_, second, third, last = trainer.saved(tmp_path / "enc.run")
+    *_, second, third, last = trainer.run_checkpoints(tmp_path / "enc.run")
     third.unlink(), last.unlink()
     size = second.stat().st_size
 
@@ -624,7 +625,7 @@ def test_a_full_disk_ends_a_run_with_one_line_and_it_can_go_on(data_dir, tmp_pat
     full = script("train_encoder.py", "--out", "enc.pt", "--resume", preexec_fn=limited)
     assert full.returncode == 2 and len(full.stderr.splitlines()) == 1, full.stderr
     assert "cannot be written" in full.stderr and "--resume" in full.stderr
-    assert not list(tmp_path.rglob("*.part")) and trainer.saved(tmp_path / "enc.run")[-1] == second
+    assert not list(tmp_path.rglob("*.part")) and trainer.run_checkpoints(tmp_path / "enc.run")[-1] == second
     assert script("train_encoder.py", "--out", "enc.pt", "--resume").returncode == 0  # once there is room
     weights = load_checkpoint(tmp_path / "enc.pt")["weights"]
     assert all(torch.equal(weights[name], x) for name, x in expected.items())
