@@ -26,7 +26,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from checkpoint import as_checkpoint, check_content, load_model, save_checkpoint, warm_start
+from checkpoint import as_checkpoint, load_model, save_checkpoint, warm_start
 from cli import InputError, flag, run_command
 from data import load_tokenizer, read_tokenizer
 from model import MaskedLM, ModelConfig, Seq2Seq
@@ -328,9 +328,7 @@ def from_hf(folder: Path) -> dict:
         names = (Seq2Seq if is_seq2seq else MaskedLM)(cfg).state_dict()
     weights = {name: torch.cat([theirs[x] for x in _hf_names(family, name)]) for name in names}
     kind = "seq2seq" if is_seq2seq else "encoder"
-    content = as_checkpoint(kind, cfg, weights, tokenizer, getattr(config, "history", []))
-    check_content(folder, content)
-    return content
+    return as_checkpoint(kind, cfg, weights, tokenizer, getattr(config, "history", []))
 
 
 def main() -> None:

@@ -6,27 +6,22 @@ import json
 import lzma
 import multiprocessing
 import os
-import pickle
 import re
 import resource
 import shutil
 import struct
 import sys
-import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from conftest import ROWS, SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cli
 import train_encoder
-from checkpoint import load_checkpoint, load_model
 from data import InputError, TokenData, document_text, load_tokenizer, raw_documents
 
 SECONDS, MEMORY = (
@@ -58,216 +53,6 @@ def original(tmp_path_factory, data_dir, text_dir):
     shutil.copytree(folder / "DATA", folder / "PARTS")
     (folder / "PARTS" / "meta.json").rename(folder / "PARTS" / "meta.1of1000.json")
     return folder
-
-
-# Checkpoints -------------------------------------------------------------------------------------------------------
-
-
-def changed(change: Callable[[dict], object], name: str = "enc.pt") -> Callable[[], None]:
-    """Writes the checkpoint again after a change to its content."""
-
-    def write() -> None:
-        content = torch.load(name, weights_only=True)
-        change(content)
-        torch.save(content, name)
-
-    return write
-
-
-def config(**values) -> Callable[[], None]:
-    return changed(lambda c: c["config"].update(values))
-
-
-def weight(x) -> Callable[[], None]:
-    """x, or x(embedding), in place of the embedding's tensor."""
-    return changed(
-        lambda c: c["weights"].update({"embed.weight": x(c["weights"]["embed.weight"]) if callable(x) else x})
-    )
-
-
-def stage(**values) -> Callable[[], None]:
-    return changed(lambda c: c["history"][0].update(values))
-
-
-def records(change: Callable[[str, bytes], tuple[str, bytes, int]]) -> Callable[[], None]:
-    """Writes the archive again with each record as change(name, content) gives it: name, content, compression."""
-
-    def write() -> None:
-        with zipfile.ZipFile("enc.pt") as old, zipfile.ZipFile("new.pt", "w") as new:
-            for name in old.namelist():
-                name, content, compression = change(name, old.read(name))
-                new.writestr(name, content, compression)
-        os.replace("new.pt", "enc.pt")
-
-    return write
-
-
-def flipped(where: float) -> Callable[[], None]:
-    """One bit changed, at this share of the file."""
-
-    def write() -> None:
-        raw = bytearray(Path("enc.pt").read_bytes())
-        raw[int(where * (len(raw) - 1))] ^= 4
-        Path("enc.pt").write_bytes(raw)
-
-    return write
-
-
-def bomb() -> None:
-    """A tensor of 4 GB in 4 MB."""
-    with zipfile.ZipFile("enc.pt") as old, zipfile.ZipFile("new.pt", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as new:
-        for name in old.namelist():
-            if not name.endswith("/data/0"):
-                new.writestr(name, old.read(name))
-        with new.open("enc/data/0", "w", force_zip64=True) as record:
-            for _ in range(64):
-                record.write(bytes(1 << 24))
-    os.replace("new.pt", "enc.pt")
-
-
-def claim() -> None:
-    """The first tensor of the archive says that it has 2**60 rows."""
-
-    def change(name: str, content: bytes) -> tuple[str, bytes, int]:
-        if name.endswith("data.pkl"):
-            rows = b"M" + struct.pack("<H", 1000) + b"K\x20\x86"  # the pickle of the shape (1000, 32)
-            assert content.count(rows) >= 1
-            content = content.replace(rows, b"\x8a\x08" + struct.pack("<q", 1 << 60) + b"K\x20\x86", 1)
-        return name, content, zipfile.ZIP_STORED
-
-    records(change)()
-
-
-def cycle(content: dict) -> None:
-    content["history"].append(content["history"])
-
-
-def deep(content: dict) -> None:
-    nest: list = []
-    for _ in range(300):
-        nest = [nest]
-    content["history"] = nest
-
-
-def pickled(content: object) -> Callable[[], None]:
-    return lambda: Path("enc.pt").write_bytes(pickle.dumps(content))
-
-
-CHECKPOINTS = {
-    "a pickle that runs code": (pickled(Evil()), "refused"),
-    "an archive whose pickle runs code": (changed(lambda c: c.update(config=Evil())), "more than tensors"),
-    "code in the history": (changed(lambda c: c["history"].append(Evil())), "more than tensors"),
-    "code in torch's older format": (
-        lambda: torch.save({"weights": Evil()}, "enc.pt", _use_new_zipfile_serialization=False), "refused"
-    ),
-    "a zip bomb": (bomb, "refused, damaged"),
-    "compressed records": (records(lambda n, c: (n, c, zipfile.ZIP_DEFLATED)), "refused, damaged"),
-    "a tensor that claims 2**60 rows": (claim, "refused|do not fit"),
-    "a tensor of 2**60 numbers over one": (weight(torch.zeros(1).expand(1 << 60)), "do not fit"),
-    "an embedding over one row": (weight(lambda x: x[:1].expand(*x.shape)), "claims more than there is"),
-    "a sparse tensor": (weight(lambda x: x.to_sparse()), "do not fit|refused"),
-    "a tensor of another shape": (weight(lambda x: x.T.contiguous()), "do not fit"),
-    "a tensor of float64": (weight(lambda x: x.double()), "not float32"),
-    "a tensor of integers": (weight(lambda x: x.long()), "not float32"),
-    "a complex tensor": (weight(lambda x: x + 0j), "not float32"),
-    "a list for a tensor": (weight([1.0, 2.0]), "do not fit"),
-    "a string for a tensor": (weight("embed.weight"), "do not fit"),
-    "a tensor too few": (changed(lambda c: c["weights"].pop("embed.weight")) , "do not fit"),
-    "a tensor too many": (changed(lambda c: c["weights"].update(more=torch.ones(3))), "do not fit"),
-    "weights that are a list": (changed(lambda c: c.update(weights=[torch.ones(3)])), "do not fit"),
-    "weights under numbers": (changed(lambda c: c.update(weights={1: torch.ones(3)})), "do not fit"),
-    "a width of 2**40": (config(d_model=1 << 40), "do not fit"),
-    "a width of 2**62": (config(d_model=1 << 62), "do not fit"),
-    "2**30 layers": (config(n_encoder_layers=1 << 30), "do not fit"),
-    "2**50 pieces": (config(vocab_size=1 << 50), "do not fit"),
-    "2**50 positions": (config(max_len=1 << 50), "do not fit"),
-    "0 heads": (config(n_heads=0), "do not fit"),
-    "half a head": (config(n_heads=0.5), "do not fit"),
-    "a negative width": (config(d_model=-32), "do not fit"),
-    "a width in letters": (config(d_model="32"), "do not fit"),
-    "a field that we do not have": (config(activation="relu"), "do not fit"),
-    "a config that is a list": (changed(lambda c: c.update(config=[1])), "do not fit"),
-    "a kind that we do not have": (changed(lambda c: c.update(kind="decoder")), "kind 'decoder'"),
-    "a kind that is a list": (changed(lambda c: c.update(kind=["encoder"])), "of kind|do not fit"),
-    "a tokenizer of random bytes": (changed(lambda c: c.update(tokenizer=os.urandom(999))), "not a Sent"),
-    "an empty tokenizer": (changed(lambda c: c.update(tokenizer=b"")), "not a Sent|refused"),
-    "a tokenizer that is a number": (changed(lambda c: c.update(tokenizer=5)), "do not fit"),
-    "a history of numbers": (changed(lambda c: c.update(history=[1, 2])), "do not fit"),
-    "data that is a number": (changed(lambda c: c["history"][0]["settings"].update(data=1)), "not one"),
-    "rows of a word": (changed(lambda c: c["history"][0]["settings"].update(seq_len="long")), "not one"),
-    "rows of 32.0 tokens": (changed(lambda c: c["history"][0]["settings"].update(seq_len=32.0)), "not one"),
-    "rows over the positions": (changed(lambda c: c["history"][0]["settings"].update(seq_len=1 << 40)), "not one"),
-    "a history that holds itself": (changed(cycle), "do not fit|refused"),
-    "a history of 300 lists in each other": (changed(deep), "do not fit|refused"),
-    "steps in letters": (stage(steps="2"), "do not fit"),
-    "fewer steps than none": (stage(steps=-1), "do not fit"),
-    "10**400 operations": (stage(flops=10**400), "do not fit|refused"),
-    "operations that are no number": (stage(flops=float("nan")), "do not fit"),
-    "settings that are a list": (stage(settings=[]), "do not fit"),
-    "a stage without a name": (stage(stage=None), "do not fit"),
-    "a bit flipped early": (flipped(0.02), "refused"),
-    "a bit flipped in a tensor": (flipped(0.5), "refused"),
-    "a bit flipped in the directory": (flipped(0.98), "refused"),
-    "a record twice": (
-        lambda: zipfile.ZipFile("enc.pt", "a").writestr("enc/data/1", b"x" * 40), "refused"
-    ),
-    "half a file": (lambda: os.truncate("enc.pt", 5000), "refused"),
-    "100,000 lists in each other": (
-        records(lambda n, c: (n, c if "data.pkl" not in n else b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".", 0)),
-        "refused|not a checkpoint",
-    ),
-    "an empty file": (lambda: os.truncate("enc.pt", 0), "refused"),
-    "a folder": (lambda: (os.remove("enc.pt"), os.mkdir("enc.pt")), "cannot be read"),
-    "a pipe": (lambda: (os.remove("enc.pt"), os.mkfifo("enc.pt")), "cannot be read"),
-    "a file of NumPy's": (lambda: (np.savez("x.npz", x=np.ones(3)), os.replace("x.npz", "enc.pt")), "refused"),
-    "a text": (lambda: Path("enc.pt").write_text("weights"), "refused"),
-}  # fmt: skip
-
-
-# Checkpoints to resume from ----------------------------------------------------------------------------------------
-
-NO_FIT = "optimizer state of its newest checkpoint does not fit"
-RESUME = "enc.run/000000002.pt"
-
-
-def resume(change: Callable[[dict], object]) -> Callable[[], None]:
-    def write() -> None:
-        os.remove("enc.pt")
-        changed(change, RESUME)()
-
-    return write
-
-
-def first_state(content: dict) -> dict:
-    return content["optimizers"][0][0]
-
-
-STATES = {
-    "no optimizer state": (resume(lambda c: c.pop("optimizers")), "not a checkpoint"),
-    "optimizers that are a number": (resume(lambda c: c.update(optimizers=5)), NO_FIT),
-    "an optimizer too many": (resume(lambda c: c["optimizers"].append({})), NO_FIT),
-    "a parameter too many": (resume(lambda c: c["optimizers"][0].update({999: {}})), NO_FIT),
-    "a moment of another shape": (
-        resume(lambda c: first_state(c).update(exp_avg=torch.ones(3))), NO_FIT
-    ),
-    "a moment that is a string": (resume(lambda c: first_state(c).update(exp_avg="x")), NO_FIT),
-    "a moment too few": (resume(lambda c: first_state(c).pop("exp_avg")), NO_FIT),
-    "a moment that claims more": (
-        resume(lambda c: first_state(c).update(exp_avg=torch.zeros(1, 1).expand(1000, 32))), "do not fit each other"
-    ),
-    "-1 steps": (resume(lambda c: c["spent"].update(steps=-1)), "not a checkpoint to resume from"),
-    "more steps than all": (resume(lambda c: c["spent"].update(steps=3)), "not a checkpoint to resume from"),
-    "half a step": (resume(lambda c: c["spent"].update(steps=0.5)), "not a checkpoint to resume from"),
-    "settings of another width": (resume(lambda c: c["settings"].update(d_model=64)), "not what its settings say"),
-    "a seed in letters": (resume(lambda c: c["settings"].update(seed="0")), "--seed '0': a int is needed"),
-    "rows of -1 tokens": (resume(lambda c: c["settings"].update(seq_len=-1)), "--seq-len is -1"),
-    "settings that are a list": (resume(lambda c: c.update(settings=[])), "not a checkpoint to resume from"),
-    "code in the settings": (resume(lambda c: c["settings"].update(data=Evil())), "more than tensors"),
-    "data that is a number": (resume(lambda c: c["settings"].update(data=5)), "--data 5: a str is needed"),
-    "a log of nothing": (
-        lambda: (os.remove("enc.pt"), Path("enc.run/metrics.jsonl").write_text("{}\n")), "not lines of a run"
-    ),
-}  # fmt: skip
 
 
 # Data folders ------------------------------------------------------------------------------------------------------
@@ -399,11 +184,8 @@ TOKENIZERS = {
     "a link to the system's zeros": (lambda: os.symlink("/dev/zero", "t.model"), "not a file of at most 64 MB"),
 }
 
-INIT = ("train_seq2seq", "--data", "DATA", "--init", "enc.pt", "--steps", "1", "--dtype", "fp32")
 NEW = ("train_encoder", "--data", "DATA", "--out", "x.pt", *SMALL, *ROWS)
 CASES = [
-    *((f"checkpoint: {name}", *case, INIT) for name, case in CHECKPOINTS.items()),
-    *((f"resume: {name}", *case, ("train_encoder", "--resume")) for name, case in STATES.items()),
     *((f"data: {name}", *case, NEW) for name, case in DATA.items()),
     *((f"text: {name}", *case, ("data", "TEXT", "OUT", "--vocab-size", "500")) for name, case in TEXT.items()),
     *((f"tokenizer: {n}", *case, ("data", "TEXT", "OUT", "--tokenizer", "t.model")) for n, case in TOKENIZERS.items()),
@@ -571,30 +353,3 @@ def test_fuzz_tokenizer(data, data_dir):
         tokenizer.decode(list(range(tokenizer.vocab_size())))
 
     refused_or(use)
-
-
-@FUZZ
-@given(data=st.data())
-def test_fuzz_checkpoint(scratch, original, data):
-    """The pickle inside the archive is changed and its checksum made to fit, for a checksum alone keeps nobody out."""
-    path = scratch / "x.pt"
-    with zipfile.ZipFile(original / "enc.pt") as old, zipfile.ZipFile(path, "w") as new:
-        for record in old.namelist():
-            content = old.read(record)
-            new.writestr(record, data.draw(mutated(content)) if record.endswith("data.pkl") else content)
-    refused_or(lambda: load_model(path))
-
-
-@FUZZ
-@given(data=st.data())
-def test_fuzz_archive(scratch, original, data):
-    """A damaged archive is refused, or it was damaged where nothing is read from."""
-    path, raw = scratch / "y.pt", (original / "enc.pt").read_bytes()
-    path.write_bytes(data.draw(mutated(raw) | mutated(raw[-2000:])))
-    try:
-        loaded = load_checkpoint(path)
-    except InputError:
-        return
-    whole = load_checkpoint(original / "enc.pt")
-    weights, expected = loaded.pop("weights"), whole.pop("weights")
-    assert loaded == whole and all(torch.equal(weights[name], x) for name, x in expected.items())
