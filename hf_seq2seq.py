@@ -13,7 +13,7 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
-from model import IGNORE, ModelConfig, Seq2Seq, _init_weights, _placed
+from model import IGNORE, ModelConfig, Seq2Seq, _init_weights, turn_of
 
 
 class Seq2SeqConfig(PretrainedConfig):
@@ -107,16 +107,17 @@ class Seq2SeqLM(PreTrainedModel, GenerationMixin):
         Without dropout: it serves generation.
         """
         start, decoder = cache.get_seq_length(), self.model.decoder
-        x, turn = _placed(decoder, self.model.embed(tgt_in), start)  # [B, T, D]
+        x = self.model.embed(tgt_in)  # [B, T, D]
+        turn, src_turn = turn_of(decoder.cfg, x, start), turn_of(decoder.cfg, enc_out)
         causal = torch.ones(x.shape[1], start + x.shape[1], dtype=torch.bool, device=x.device).tril(start)
         mask = None if src_mask is None else src_mask[:, None, None, :]  # [B, 1, 1, S]
         for i, block in enumerate(decoder.blocks):
             h = block.attn_norm(x)
             k, v = cache.self_attention_cache.update(*block.attn.keys_values(h, turn), i)  # [B, H, start + T, K]
             if start == 0:
-                cache.cross_attention_cache.update(*block.cross.keys_values(enc_out), i)
+                cache.cross_attention_cache.update(*block.cross.keys_values(enc_out, src_turn), i)
             cross = cache.cross_attention_cache.layers[i]
             x = x + block.attn(h, k, v, causal, turn=turn)
-            x = x + block.cross(block.cross_norm(x), cross.keys, cross.values, mask)
+            x = x + block.cross(block.cross_norm(x), cross.keys, cross.values, mask, turn=turn)
             x = x + block.ffn(block.ffn_norm(x))
         return decoder.norm(x)

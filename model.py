@@ -176,7 +176,11 @@ class EncoderBlock(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Causal self-attention, cross-attention over the encoder's output, feed-forward: Pre-LN."""
+    """Causal self-attention, cross-attention over the encoder's output, feed-forward: Pre-LN.
+
+    Rotary positions turn the queries and keys of cross-attention too, by target and source position: without, the
+    decoder must find what to copy by its content alone, and learns to in many times the updates (results/README.md).
+    """
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -186,21 +190,29 @@ class DecoderBlock(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(
-        self, x: Tensor, enc_out: Tensor, mask: Tensor | None, turn: Tensor | None = None, cache: dict | None = None
+        self,
+        x: Tensor,
+        enc_out: Tensor,
+        mask: Tensor | None,
+        turn: Tensor | None = None,
+        src_turn: Tensor | None = None,
+        cache: dict | None = None,
     ) -> Tensor:
         """x [B, T, D]; with a cache, x is one new position and the cache holds the keys and values of those before."""
         h = self.attn_norm(x)
         k, v = self.attn.keys_values(h, turn)  # [B, H, T, K]
         if cache is None:
-            cross_kv = self.cross.keys_values(enc_out)  # [B, H, S, K]
+            cross_kv = self.cross.keys_values(enc_out, src_turn)  # [B, H, S, K]
         else:
-            k, v = self._remember(cache, k, v, enc_out)
+            if not cache:
+                cache["cross"] = tuple(x.contiguous() for x in self.cross.keys_values(enc_out, src_turn))
+            k, v = self._remember(cache, k, v)
             cross_kv = cache["cross"]
         x = x + self.dropout(self.attn(h, k, v, causal=cache is None, turn=turn))
-        x = x + self.dropout(self.cross(self.cross_norm(x), *cross_kv, mask))
+        x = x + self.dropout(self.cross(self.cross_norm(x), *cross_kv, mask, turn=turn))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))  # [B, T, D]
 
-    def _remember(self, cache: dict, k: Tensor, v: Tensor, enc_out: Tensor) -> tuple[Tensor, Tensor]:
+    def _remember(self, cache: dict, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Adds a position's keys and values [B, H, 1, K] to the cache; returns all [B, H, T, K].
 
         The room for them doubles when it is full: to append by copying would cost T copies of T positions.
@@ -208,7 +220,6 @@ class DecoderBlock(nn.Module):
         n = cache.get("length", 0)
         if n == 0:
             cache["self"] = k.clone(), v.clone()
-            cache["cross"] = tuple(x.contiguous() for x in self.cross.keys_values(enc_out))
         elif n == cache["self"][0].shape[2]:
             cache["self"] = tuple(torch.cat([x, torch.empty_like(x)], dim=2) for x in cache["self"])
         for room, new in zip(cache["self"], (k, v)):
@@ -225,17 +236,17 @@ def _run(block: nn.Module, checkpointing: bool, *inputs: object) -> Tensor:
     return block(*inputs)
 
 
-def _placed(stack: nn.Module, embedded: Tensor, start: int = 0) -> tuple[Tensor, Tensor | None]:
-    """Embedded tokens [B, T, D] at positions from `start` on: learned ones added, or the table that attention turns by.
+def turn_of(cfg: ModelConfig, x: Tensor, start: int = 0) -> Tensor | None:
+    """The part [2, T, 1, K] of the table that turns the positions of x [B, T, D] from `start` on; None if learned.
 
     Raises ValueError for a row that is longer than any the model was trained on.
     """
-    cfg, end = stack.cfg, start + embedded.shape[1]
+    end = start + x.shape[1]
     if end > cfg.max_len:
         raise ValueError(f"a row of {end} tokens: the model was made for rows of at most {cfg.max_len}")
-    if stack.positions is not None:
-        return embedded + stack.positions.weight[start:end], None
-    return embedded, rotary_table(cfg.max_len, cfg.d_model // cfg.n_heads, embedded.device)[:, start:end]
+    if cfg.positions == "learned":
+        return None
+    return rotary_table(cfg.max_len, cfg.d_model // cfg.n_heads, x.device)[:, start:end]
 
 
 class Encoder(nn.Module):
@@ -261,8 +272,10 @@ class Encoder(nn.Module):
         Without that norm the deeper layers would outweigh the others: a Pre-LN stream grows from layer to layer.
         Where only some positions are asked for, `at` [N] of the flattened batch, the output is theirs, [N, D].
         """
-        x, turn = _placed(self, embedded)
-        x = self.dropout(x)
+        turn = turn_of(self.cfg, embedded)
+        if self.positions is not None:
+            embedded = embedded + self.positions.weight[: embedded.shape[1]]
+        x = self.dropout(embedded)
         mask = None if src_mask is None else src_mask[:, None, None, :]  # [B, 1, 1, S]
         layers = []
         for block in self.blocks:
@@ -306,11 +319,13 @@ class Decoder(nn.Module):
     def forward(self, embedded: Tensor, enc_out: Tensor, src_mask: Tensor | None, cache: list | None) -> Tensor:
         """Embedded [B, T, D], encoder output [B, S, D]; with a cache, of one dict a layer, T is 1 (DecoderBlock)."""
         start = cache[0].get("length", 0) if cache else 0
-        x, turn = _placed(self, embedded, start)
-        x = self.dropout(x)  # [B, T, D]
+        turn, src_turn = turn_of(self.cfg, embedded, start), turn_of(self.cfg, enc_out)
+        if self.positions is not None:
+            embedded = embedded + self.positions.weight[start : start + embedded.shape[1]]
+        x = self.dropout(embedded)  # [B, T, D]
         mask = None if src_mask is None else src_mask[:, None, None, :]  # [B, 1, 1, S]
         for i, block in enumerate(self.blocks):
-            x = _run(block, self.checkpointing, x, enc_out, mask, turn, None if cache is None else cache[i])
+            x = _run(block, self.checkpointing, x, enc_out, mask, turn, src_turn, None if cache is None else cache[i])
         return self.norm(x)  # [B, T, D]
 
 

@@ -231,6 +231,14 @@ def test_a_shifted_row_has_the_same_vectors_with_rotary_positions_alone(position
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
+def test_cross_attention_knows_where_a_source_vector_stands_with_rotary_positions_alone(positions):
+    model, tgt_in = seq2seq(positions=positions), torch.randint(6, 120, (1, 7))
+    enc_out = model.encode(torch.randint(6, 120, (1, 9)))
+    same = torch.allclose(model.decode(tgt_in, enc_out), model.decode(tgt_in, enc_out.flip(1)), rtol=1e-4, atol=1e-4)
+    assert same == (positions == "learned")
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
 def test_the_order_of_words_matters_and_rows_have_an_end(positions):
     model, src = seq2seq(positions=positions), torch.randint(6, 120, (1, 9))
     assert not torch.allclose(model.encode(src), model.encode(src.flip(1)).flip(1), atol=1e-2)
