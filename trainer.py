@@ -55,7 +55,7 @@ class TrainConfig:
     """How to train. Defaults suit the embedded corpus; paper, recalled: 1M tokens a batch, 500k updates, Adam, bf16."""
 
     data: str = flag(SAMPLE, "data folder written by data.py, or sample/data: the embedded corpus")
-    steps: int = flag(500, "updates; 0 writes an initialised checkpoint")
+    steps: int = flag(400, "updates; 0 writes an initialised checkpoint")
     batch_size: int = flag(32, "rows an update, over all processes")
     micro_batch_size: int = flag(0, "rows at a time on one process, 0 for all of its share")
     seq_len: int = flag(64, "tokens a row, special ones included; with --init that checkpoint's max_len")

@@ -1,6 +1,6 @@
 # Read by every recipe: what SCALE=demo|mini|paper means. Nothing else differs between the scales.
 #
-#   recipes/roberta-12e.sh                                  # the embedded corpus, 500 updates, minutes on a laptop
+#   recipes/roberta-12e.sh                                  # the embedded corpus, 400 updates, minutes on a laptop
 #   SCALE=mini DATA=DATA recipes/roberta-12e.sh             # a data folder of data.py, 2,000 updates
 #   SCALE=mini DATA=DATA SEED=1 recipes/roberta-12e.sh      # once more, from other random numbers
 #   SCALE=paper DATA=DATA TORCHRUN="torchrun --nproc-per-node 8" recipes/roberta-12e.sh
@@ -14,7 +14,7 @@ unset CDPATH # with it, cd prints where it went
 case ${SCALE:=demo} in
 demo)
   SHAPE=(--preset micro --batch-size 32 --seq-len 64)
-  STEPS=500 SECOND=350 MORE=100 ;;
+  STEPS=400 SECOND=280 MORE=80 ;;
 mini) # 8M tokens a model from scratch
   SHAPE=(--preset tiny --batch-size 32 --seq-len 128 --eval-every 250)
   STEPS=2000 SECOND=1400 MORE=400 ;;
