@@ -28,7 +28,7 @@ demo: .venv/four
 	cd demo && $(BIN)/torchrun ../train_encoder.py
 	cd demo && $(BIN)/torchrun ../train_seq2seq.py --init enc.pt --unfreeze-at 0.5
 	cd demo && $(BIN)/python ../eval.py enc.pt --langs en
-	cd demo && $(BIN)/python ../eval.py seq2seq.pt --langs en es
+	cd demo && $(BIN)/python ../eval.py seq2seq.pt --langs en
 
 test: .venv/ready .venv-old/ready
 	TRANSFORMERS_OLD=$(CURDIR)/.venv-old/bin/python $(BIN)/python -m pytest

@@ -20,7 +20,7 @@ import train_seq2seq
 
 TEXT = (ROOT / "README.md").read_text("utf-8")
 RECIPES, RESULTS = ((ROOT / folder / "README.md").read_text("utf-8") for folder in ("recipes", "results"))
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", TEXT, re.S)
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", TEXT + RECIPES, re.S)
 MODULES = {f"{m.__name__}.py": m for m in (data, evaluation, extract, train_encoder, train_seq2seq)}
 ELSEWHERE = {  # why a command is not run here
     r"make |pip install transformers": "continuous integration runs make test; the others were run by hand",
@@ -100,7 +100,7 @@ def test_how_to_change_it(user, data_dir):
     scripts = {re.match(r"# (\w+\.py)\n", block)[1]: block for kind, block in BLOCKS if kind == "python"}
     assert sorted(scripts) == ["shuffled.py", "topics.py"]
     user(f"torchrun train_encoder.py --data {data_dir} --out enc.pt")
-    (line,) = re.findall(r"`(python topics\.py [^`]*)`", TEXT)
+    (line,) = re.findall(r"`(python topics\.py [^`]*)`", RECIPES)
     for name, words in (
         ("shuffled.py", f"python shuffled.py --data {data_dir} --out s.pt --steps 2 --batch-size 4"),
         ("topics.py", f"{line} --epochs 1"),
