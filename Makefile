@@ -2,7 +2,7 @@
 # make test   the packages of the tests, then the tests; a second environment, of an older transformers, reads exports
 # make bench  speed and memory beside transformers and nn.Transformer (70 minutes)
 # make soak   200 kills of training runs at random instants, each resumed (about 10 minutes)
-# make fuzz   125,000 damaged files into every reader (about 10 minutes)
+# make fuzz   75,000 damaged files into the readers of text, data folders and tokenizers (about 10 minutes)
 
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
