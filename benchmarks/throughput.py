@@ -356,7 +356,7 @@ print(f"save {{n:.0f}}M weights, {{size:.2f}} GB: {{seconds:.1f}} s, peak memory
 del model, content
 began = time.perf_counter()
 load_checkpoint(path)
-print(f"load, every byte checked: {{time.perf_counter() - began:.1f}} s")
+print(f"load: {{time.perf_counter() - began:.1f}} s")
 """
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
