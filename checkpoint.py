@@ -2,8 +2,8 @@
 
     enc.pt   kind, config, weights (bare names), tokenizer, and the history of its stages: steps, tokens, FLOPs, seconds
 
-A checkpoint to resume from has the optimizers' state besides (trainer.py). Tensors are whole, whatever was split over
-processes, so that any number of them may go on.
+A checkpoint to resume from also has the optimizer state (trainer.py). Tensors are whole, however they were sharded, so
+that any number of processes may continue.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ def as_checkpoint(
 
 
 def _gathered(content: object) -> object:
-    """The content with each tensor whole and on the CPU, but for rank 0 without it: every process must call this."""
+    """The content with each tensor whole and on the CPU; ranks above 0 get none. Every process must call this."""
     if isinstance(content, Tensor):
         whole = content.full_tensor() if hasattr(content, "full_tensor") else content
         return whole.detach().cpu() if rank() == 0 else None
@@ -38,10 +38,10 @@ def _gathered(content: object) -> object:
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
-    """Writes to a temporary name, flushes to the disk, renames: at any instant `path` is the old file or the new one.
+    """Writes to a temporary name, flushes to disk, renames: at any instant `path` is the old file or the new one.
 
-    Rank 0 writes; where processes share tensors every process must call it. Raises InputError when the file cannot be
-    written; what was there before is untouched.
+    Rank 0 writes; with sharded tensors every process must call it. Raises InputError when the file cannot be written;
+    what was there before is untouched.
     """
     content = _gathered(content)
     if rank() != 0:
@@ -57,10 +57,10 @@ def save_checkpoint(path: Path, content: dict) -> None:
         part.unlink(missing_ok=True)
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
         raise InputError(
-            f"{path}: cannot be written ({reason}); make room or name another --out; a run goes on with --resume"
+            f"{path}: cannot be written ({reason}); make room or give another --out; --resume continues a run"
         ) from None
-    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself lives in the folder
-    with contextlib.suppress(OSError):  # some network file systems cannot flush one
+    folder = os.open(path.parent, os.O_RDONLY)  # the rename is a change of the folder
+    with contextlib.suppress(OSError):  # some network file systems cannot flush a folder
         os.fsync(folder)
     os.close(folder)
 
@@ -80,14 +80,13 @@ def load_checkpoint(path: Path, *kinds: str) -> dict:
     except Exception as error:  # torch raises many kinds for a damaged file
         unsafe = "weights_only" in str(error).lower() or "unsupported" in str(error).lower()
         reason = "it holds more than tensors and plain values" if unsafe else "damaged or not a checkpoint"
-        raise InputError(f"{path}: refused, {reason}; fetch or make it anew") from None
+        raise InputError(f"{path}: refused, {reason}; fetch or make it again") from None
     if not isinstance(checkpoint, dict) or not {"kind", "config", "weights", "tokenizer", "history"} <= set(checkpoint):
         raise InputError(f"{path}: not a checkpoint of this project; train_encoder.py writes one")
     if kinds and checkpoint["kind"] not in kinds:
         remedy = "take its encoder out with extract.py" if "encoder" in kinds else "train one with train_seq2seq.py"
         raise InputError(f"{path}: a checkpoint of kind {checkpoint['kind']!r}, not {' or '.join(kinds)}; {remedy}")
-    # Those of before there was a choice have learned positions.
-    checkpoint["config"] = {"positions": "learned"} | checkpoint["config"]
+    checkpoint["config"] = {"positions": "learned"} | checkpoint["config"]  # the only ones before there was a choice
     return checkpoint
 
 
@@ -103,24 +102,24 @@ def load_model(path: Path, *kinds: str) -> tuple[nn.Module, dict]:
         model.load_state_dict(checkpoint["weights"], assign=True)
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
-        raise InputError(f"{path}: its parts do not fit each other ({reason}); make it anew") from None
+        raise InputError(f"{path}: its weights do not fit its config ({reason}); make it again") from None
     return model.eval(), checkpoint
 
 
 def warm_start(model: nn.Module, path: object, weights: dict[str, Tensor]) -> None:
     """Copies a checkpoint's weights into the model and prints what was loaded, what is new and what was unused.
 
-    A part (embed, encoder, decoder, head ...) is taken whole or not at all, and embed and encoder must be taken: a
-    model that silently lacks half of what it was to start from looks much like one that trains badly. Else InputError.
+    A part (embed, encoder, decoder, head ...) is taken whole or not at all, and embed and encoder must be taken; else
+    InputError. A model that silently lacks half of its start looks much like one that trains badly.
     """
-    own = model.state_dict()
-    loaded = [name for name in own if name in weights and own[name].shape == weights[name].shape]
-    rest = {"new": own.keys() - loaded, "unused": weights.keys() - loaded}
-    part = {name: "cross-attention" if ".cross" in name else name.split(".")[0] for name in own | weights}
+    random = model.state_dict()
+    loaded = [name for name in random if name in weights and random[name].shape == weights[name].shape]
+    rest = {"new": random.keys() - loaded, "unused": weights.keys() - loaded}
+    part = {name: "cross-attention" if ".cross" in name else name.split(".")[0] for name in random | weights}
     taken = {part[name] for name in loaded}
     unfit = [name for names in rest.values() for name in sorted(names) if part[name] in taken | {"embed", "encoder"}]
     if unfit:
-        raise InputError(f"{path}: does not fit this model: {unfit[0]} is missing, of another shape, or one too many")
+        raise InputError(f"{path}: does not fit this model: {unfit[0]} is missing, unexpected or of another shape")
     model.load_state_dict({name: weights[name] for name in loaded}, strict=False)
     counts = [
         f"{title} {len(names)} tensors ({', '.join(sorted({part[name] for name in names})) or '-'})"

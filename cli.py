@@ -1,6 +1,7 @@
-"""What every command shares: its mistakes in one line, its exit status, its processes, and flags out of dataclasses."""
+"""What every command shares: one-line errors, the exit status, the process's rank, and flags made from dataclasses."""
 
 import contextlib
+import operator
 import os
 import signal
 import sys
@@ -12,71 +13,75 @@ from tqdm import tqdm
 
 
 class InputError(ValueError):
-    """A mistake of the user's: one line that names what is wrong and the remedy; the commands exit with status 2."""
+    """A mistake of the user's: one line that names what is wrong and the remedy. Commands exit with status 2."""
 
 
 class OneProcessError(InputError):
-    """A fault that only one of several processes may see: that of a row, say, which one of them alone reads."""
+    """An error that only one of several processes may see, such as a bad row that it alone reads."""
 
 
 def rank() -> int:
-    """Number of this process among those that torchrun started; 0 alone."""
+    """Number of this process among those that torchrun started; 0 without torchrun."""
     return int(os.environ.get("RANK", 0))
 
 
 def world() -> int:
-    """How many processes torchrun started; 1 alone."""
+    """How many processes torchrun started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def say(line: str) -> None:
-    """Prints a line once, however many processes there are, and leaves a progress bar whole.
-
-    A run outlives its terminal, or the disk that takes what it prints: what cannot be written is let go.
-    """
+    """Prints a line from rank 0 without breaking a progress bar. A run outlives a closed terminal or a full disk."""
     if rank() == 0:
         with contextlib.suppress(OSError):
             tqdm.write(line)
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether it says so: numpy by a MemoryError, torch by a RuntimeError."""
+    """Whether the error means that memory ran out: numpy raises MemoryError, torch RuntimeError."""
     signs = ("out of memory", "allocate memory", "size calculation overflowed")
     return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Runs a command's main function; an InputError becomes one line on stderr and exit status 2.
+def _one_line(error: Exception) -> str | None:
+    """What to tell the user about an error; None if it is a bug, which keeps its traceback."""
+    name = Path(sys.argv[0]).name
+    if isinstance(error, InputError):
+        return f"{name}: {' '.join(str(error).split())}"
+    if isinstance(error, OSError):
+        where, reason = error.filename or f"{name}: its output", (error.strerror or str(error)).lower()
+        return f"{where}: {reason}; change its permissions, make room or choose another"
+    if isinstance(error, MemoryError | RuntimeError) and out_of_memory(error):
+        reason = str(error).split("\n")[0][:200]
+        return f"{name}: out of memory ({reason}); smaller micro-batches or a smaller model need less"
+    return None
 
-    One process of several ends at once, without the interpreter's tear-down: a thread of the process group that lets go
-    of a tensor in that moment would abort it, its work all done (github.com/pytorch/pytorch/issues/190489).
+
+def run_command(main: Callable[[], None]) -> None:
+    """Runs a command's main function and exits: 0, or 2 with one line on stderr, or 130 after Ctrl-C.
+
+    With several processes each ends at once, without the interpreter's tear-down: a thread of the process group that
+    frees a tensor at that moment would abort it (github.com/pytorch/pytorch/issues/190489).
     """
     status = 0
-    name = Path(sys.argv[0]).name
+    for stream in (sys.stdout, sys.stderr):  # an ASCII terminal or log gets \u escapes instead of a traceback
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
         sys.stdout.flush()
-    except InputError as error:
-        if rank() == 0 or isinstance(error, OneProcessError):  # under torchrun every process finds the same mistake
-            print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
-        status = 2
-    except OSError as error:
-        if error.filename is None:  # of what it prints: the rest has nowhere to go
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        status = 2
-        if isinstance(error, BrokenPipeError):  # whoever read it, `head` for one, is gone
-            status = 128 + signal.SIGPIPE
-        else:
-            where, reason = error.filename or f"{name}: what it writes", (error.strerror or str(error)).lower()
-            print(f"{where}: {reason}; change its permissions, make room or name another", file=sys.stderr)
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        reason = str(error).split("\n")[0][:200]
-        print(f"{name}: out of memory ({reason}); smaller micro-batches or a smaller model need less", file=sys.stderr)
-        status = 2
     except KeyboardInterrupt:
         status = 130
+    except Exception as error:
+        if (line := _one_line(error)) is None:
+            raise
+        if isinstance(error, OSError) and error.filename is None:  # stdout is gone: so is the rest of what it got
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        status = 2
+        if isinstance(error, BrokenPipeError):  # whoever read the output, `head` for one, has left
+            status = 128 + signal.SIGPIPE
+        elif rank() == 0 or isinstance(error, OneProcessError):  # under torchrun every process finds the same mistake
+            print(line, file=sys.stderr)
     if world() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -84,17 +89,36 @@ def run_command(main: Callable[[], None]) -> None:
     sys.exit(status)
 
 
+BOUNDS = {  # key of a flag -> (the comparison, in words)
+    "least": (operator.ge, "at least"),
+    "most": (operator.le, "at most"),
+    "above": (operator.gt, "above"),
+    "below": (operator.lt, "below"),
+}
+
+
 def flag(default: object, text: str, **more: object) -> object:
-    """A dataclass field that is also a command-line flag; `more` may hold `choices`, `from_preset`, `decoder_only`."""
+    """A dataclass field that is also a command-line flag.
+
+    `more` may hold a bound of BOUNDS, `choices`, `from_preset` (a preset sets its default) and `decoder_only`.
+    """
     return field(default=default, metadata={"help": text, **more})
 
 
-def build(config: type, settings: dict) -> object:
-    """A config dataclass from the settings that it has fields for. Raises InputError naming the flag that is off."""
-    given = {f.name: settings[f.name] for f in fields(config) if f.name in settings}
+def check_bounds(config: object) -> None:
+    """Raises ValueError for the first field of a config that is not within what its flag allows."""
     for f in fields(config):
-        if f.name in given and not isinstance(given[f.name], (int, float) if f.type is float else f.type):
-            raise InputError(f"{flag_name(f.name)} {given[f.name]!r}: a {f.type.__name__} is needed")
+        value = getattr(config, f.name)
+        for key, (holds, words) in BOUNDS.items():
+            if key in f.metadata and not holds(value, f.metadata[key]):
+                raise ValueError(f"{f.name} is {value}: it must be {words} {f.metadata[key]}")
+        if value not in (f.metadata.get("choices") or [value]):
+            raise ValueError(f"{f.name} is {value!r}: it must be one of {', '.join(f.metadata['choices'])}")
+
+
+def build(config: type, settings: dict) -> object:
+    """A config dataclass from the settings that it has fields for. Raises InputError naming the flag that is wrong."""
+    given = {f.name: settings[f.name] for f in fields(config) if f.name in settings}
     try:
         return config(**given)
     except ValueError as error:

@@ -1,7 +1,9 @@
-"""What training costs, and the paper's 27 %: matrix-product FLOPs of an update, and what a pair of models saved.
+"""What training costs, and the paper's 27 %: the FLOPs of an update, the ledger of a history, what a pair saved.
 
-(Soltan et al. 2023 compare compute by counting a stack's forward as 1 and its backward as 2.)
+FLOPs are those of matrix products. Soltan et al. 2023 count a stack's forward pass as 1 and its backward pass as 2.
 """
+
+from itertools import takewhile
 
 from torch import Tensor
 
@@ -9,17 +11,17 @@ from model import IGNORE, PRESETS, ModelConfig
 
 
 def train_flops(cfg: ModelConfig, rows: int, source: int, target: int, projected: int, frozen: bool = False) -> float:
-    """Matrix-product FLOPs of one update, forward and backward, on `rows` rows of `source` and `target` tokens, of
-    which `projected` positions in all meet the output projection.
+    """FLOPs of one update, forward and backward, on rows of `source` and `target` tokens each.
 
-    A backward pass costs twice its forward: one product for the inputs' gradient, one for the weights'. A frozen
-    encoder has no backward pass; the gradients for its output (but for a fusion of it) and for the frozen embedding
-    are not computed either. Attention fusion itself, less than a thousandth of an encoder's products, is left out.
+    `projected` positions of the whole batch meet the output projection. A backward pass costs twice its forward pass:
+    one product for the gradient of the inputs, one for that of the weights. A frozen encoder has no backward pass; the
+    gradients of its output (unless layers are fused) and of the frozen embedding are not computed either. Attention
+    fusion itself, less than a thousandth of the encoder, is left out.
     """
-    d, layer = cfg.d_model, 2 * (4 * cfg.d_model**2 + 2 * cfg.d_model * cfg.d_ff)  # a block's products, per token
+    d, layer = cfg.d_model, 2 * (4 * cfg.d_model**2 + 2 * cfg.d_model * cfg.d_ff)  # of a block, per token
     encoder = rows * cfg.n_encoder_layers * (source * layer + 4 * source**2 * d)
     projection = 2 * projected * d * cfg.vocab_size
-    if cfg.n_decoder_layers == 0:  # the last feed-forward layer and the head see the labelled positions alone
+    if cfg.n_decoder_layers == 0:  # the last feed-forward layer and the head see labelled positions only
         spared = (rows * source - projected) * 4 * d * cfg.d_ff
         return 3 * (encoder - spared + projected * 2 * d**2 + projection)
     cross_kv = rows * cfg.n_decoder_layers * source * 4 * d**2
@@ -31,8 +33,10 @@ def train_flops(cfg: ModelConfig, rows: int, source: int, target: int, projected
 
 
 def batch_flops(cfg: ModelConfig, batch: dict[str, Tensor], frozen: bool = False) -> float:
-    """train_flops of a collated batch, padding included: the decoder projects every position, an MLM encoder only
-    those that carry a label."""
+    """train_flops of a collated batch, padding included.
+
+    A decoder projects every position, an MLM encoder only those that carry a label.
+    """
     rows, source = batch["src"].shape
     if "labels" in batch:
         return train_flops(cfg, rows, source, 0, int((batch["labels"] != IGNORE).sum()))
@@ -40,21 +44,35 @@ def batch_flops(cfg: ModelConfig, batch: dict[str, Tensor], frozen: bool = False
     return train_flops(cfg, rows, source, target, rows * target, frozen)
 
 
-def saved(history: list[dict], from_scratch: float) -> float | None:
-    """The share of FLOPs that a history of stages, with both models in it, takes less than both take from scratch.
+def scratch_flops(history: list[dict]) -> tuple[int, float]:
+    """Updates of the first model in a history, and the FLOPs of training both models from scratch for as many each.
 
-    None where there is nothing to compare: one model alone, or models from scratch that were not trained.
+    0 FLOPs if only one kind of model is there. An update is priced as it was measured, without freezing. Raises
+    KeyError for a history that lacks a figure.
+    """
+    trained = [stage for stage in history if stage["steps"]]
+    steps = sum(x["steps"] for x in takewhile(lambda x: x["stage"] == trained[0]["stage"], trained))
+    first = {stage["stage"]: stage for stage in reversed(trained)}
+    if not {"encoder", "seq2seq"} <= first.keys():
+        return steps, 0.0
+    return steps, steps * sum(x["thawed_flops"] / x["steps"] for x in first.values())
+
+
+def saved(history: list[dict], from_scratch: float) -> float | None:
+    """The share of FLOPs that a history with both models in it saves against training both from scratch.
+
+    None where there is nothing to compare: one model only, or no model from scratch.
     """
     if not from_scratch or not {"encoder", "seq2seq"} <= {stage.get("stage") for stage in history}:
         return None
     return 1 - sum(stage["flops"] for stage in history) / from_scratch
 
 
-def paper_saving(at: float) -> tuple[float, float]:
+def paper_saving(unfreeze_at: float) -> tuple[float, float]:
     """What the pair saves at the paper's shape if the encoder thaws after this share of the second stage.
 
     By our count, and by the simple one in which encoder and decoder cost alike and nothing else counts. 500k updates
-    of each model from scratch against 500k of the encoder and 350k of the second stage, in rows of 512.
+    of each model from scratch, against 500k of the encoder and 350k of the second stage, in rows of 512.
     """
     shape = {name: value for name, value in PRESETS["paper"].items() if name != "n_decoder_layers"}
     cfg, enc = (ModelConfig(150_000, max_len=512, n_decoder_layers=n, **shape) for n in (12, 0))
@@ -62,7 +80,7 @@ def paper_saving(at: float) -> tuple[float, float]:
     mlm = train_flops(enc, 1, 512, 0, noise)
     frozen, thawed = (train_flops(cfg, 1, 512 - noise, 512, 512, frozen) for frozen in (True, False))
     ours, simple = (
-        1 - (10 * a + 7 * (at * f + (1 - at) * u)) / (10 * (a + u))
+        1 - (10 * a + 7 * (unfreeze_at * f + (1 - unfreeze_at) * u)) / (10 * (a + u))
         for a, f, u in ((mlm, frozen, thawed), (3, 1 + 3, 3 + 3))
     )
     return ours, simple

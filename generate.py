@@ -25,9 +25,9 @@ def generate(
 ) -> Tensor:
     """Target tokens for sources [B, S]: [B, T] with T <= max_new, each row up to its eos and then pad.
 
-    beams 1 takes the likeliest token each time; more is beam search, which returns the finished hypothesis with the
-    largest sum of log-probabilities / length ** length_penalty (Wu et al. 2016, equation 14, without its constants).
-    A cache saves computing keys and values again and changes no token. max_new is cut to the model's positions.
+    With beams 1 it takes the likeliest token each time; more is beam search, which returns the finished hypothesis with
+    the largest sum of log-probabilities / length ** length_penalty (Wu et al. 2016, equation 14, without constants).
+    The cache avoids computing keys and values again and changes no token. max_new is at most the model's max_len.
     """
     enc_out = model.encode(src, src_mask)  # [B, S, D]
     cache = [{} for _ in model.decoder.blocks] if use_cache else None
@@ -38,7 +38,7 @@ def generate(
 
     def next_logits(tokens: Tensor) -> Tensor:  # [N, T] -> [N, V]
         hidden = model.decode(tokens[:, -1:] if use_cache else tokens, enc_out, src_mask, cache)[:, -1]
-        return (model.embed.weight @ hidden.T).T.float()  # this way round a CPU is faster with few rows
+        return (model.embed.weight @ hidden.T).T.float()  # in this order a CPU is faster with few rows
 
     tokens = torch.full((len(enc_out), 1), bos, device=src.device)
     if beams > 1:
@@ -63,37 +63,37 @@ def _beam_search(
     max_new: int,
     length_penalty: float,
 ) -> Tensor:  # [B * k, 1] -> [B, T]
-    """Keeps the k best unfinished hypotheses of each source and the k best finished ones."""
+    """Keeps the k best unfinished and the k best finished hypotheses of each source."""
     n = len(tokens) // k  # sources, B
     score = torch.full((n, k), -torch.inf, device=tokens.device)
-    score[:, 0] = 0.0  # the k first hypotheses are the same one
+    score[:, 0] = 0.0  # at first all k hypotheses are the same
     best = torch.full((n, k, max_new + 1), pad, device=tokens.device)
     best_score = torch.full((n, k), -torch.inf, device=tokens.device)
     done = torch.zeros(n, dtype=torch.bool, device=tokens.device)
 
     def finish(sequences: Tensor, scores: Tensor) -> None:  # [B, m, T], [B, m]
         sequences = F.pad(sequences, (0, max_new + 1 - sequences.shape[2]), value=pad)
-        top, at = torch.cat([best_score, scores], 1).topk(k)  # [B, k]
+        top, index = torch.cat([best_score, scores], 1).topk(k)  # [B, k]
         best_score.copy_(top)
-        best.copy_(torch.cat([best, sequences], 1).gather(1, at[:, :, None].expand_as(best)))
+        best.copy_(torch.cat([best, sequences], 1).gather(1, index[:, :, None].expand_as(best)))
 
     for length in range(1, max_new + 1):
         log_probs = next_logits(tokens).log_softmax(-1)  # [B * k, V]
         vocab = log_probs.shape[1]
-        # Of 2k candidates at most k end here, so k unfinished ones are left.
-        top, at = (score.view(-1, 1) + log_probs).view(n, -1).topk(2 * k)  # [B, 2k]
-        beam, token = at // vocab, at % vocab
+        # Of 2k candidates at most k end here, so that k unfinished ones remain.
+        top, index = (score.view(-1, 1) + log_probs).view(n, -1).topk(2 * k)  # [B, 2k]
+        beam, token = index // vocab, index % vocab
         before = tokens.view(n, k, -1).gather(1, beam[:, :, None].expand(-1, -1, tokens.shape[1]))
         candidates = torch.cat([before, token[:, :, None]], 2)  # [B, 2k, T]
         ends = token == eos
-        ended = ends & (torch.arange(2 * k, device=at.device) < k) & ~done[:, None]
+        ended = ends & (torch.arange(2 * k, device=index.device) < k) & ~done[:, None]
         finish(candidates, torch.where(ended, top / length**length_penalty, -torch.inf))
         score, keep = top.masked_fill(ends, -torch.inf).topk(k)  # [B, k]
         tokens = candidates.gather(1, keep[:, :, None].expand(-1, -1, candidates.shape[2])).flatten(0, 1)
-        rows = (beam.gather(1, keep) + k * torch.arange(n, device=at.device)[:, None]).flatten()  # [B * k]
+        rows = (beam.gather(1, keep) + k * torch.arange(n, device=index.device)[:, None]).flatten()  # [B * k]
         for layer in cache or ():
             layer["self"] = tuple(x.index_select(0, rows) for x in layer["self"])
-        done |= score[:, 0] / length**length_penalty <= best_score[:, -1]  # the best left does not beat the worst found
+        done |= score[:, 0] / length**length_penalty <= best_score[:, -1]  # no unfinished one can win
         if done.all():
             break
     unfinished = torch.where(done[:, None], -torch.inf, score / max_new**length_penalty)

@@ -1,12 +1,12 @@
 """The model: a Pre-LN Transformer encoder, an optional decoder, and the two models the paper trains from them.
 
 `MaskedLM` is an encoder with a masked-language-modelling head; `Seq2Seq` is the same encoder with a decoder.
-Both hold `embed` and `encoder` under the same names, so that moving an encoder between them is copying tensors.
+Both call their parts `embed` and `encoder`, so that moving an encoder between them means copying tensors.
 Source of the architecture: the model code of AlexaTM 20B (Soltan et al. 2022), by the team of the paper; Vaswani et
 al. 2017 for the Transformer; Xiong et al. 2020 for Pre-LN.
 
-Shapes at line ends: B rows, S source, T target, D model, H heads, K head dim, F ffn, V vocabulary, N any positions.
-Boolean masks are True where a token is real, the sense of `scaled_dot_product_attention`.
+Shapes at line ends: B rows, S source, T target, D model, H heads, K head dim, V vocabulary, N selected positions.
+Boolean masks are True where a token is real, as in `scaled_dot_product_attention`.
 """
 
 from collections.abc import Callable
@@ -18,53 +18,41 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cli import flag
+from cli import check_bounds, flag
 from objectives import IGNORE
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a model. Every field is also a command-line flag; a preset only supplies defaults.
+    """Shape of a model. Every field with a default is a command-line flag; a preset only supplies defaults.
 
     Raises ValueError for a combination that cannot be built, naming the values.
     """
 
     vocab_size: int  # the tokenizer's, special tokens included
-    d_model: int = flag(256, "width of the model", from_preset=True)
-    n_heads: int = flag(4, "attention heads, a divisor of the width", from_preset=True)
-    d_ff: int = flag(1024, "inner width of the feed-forward layers", from_preset=True)
-    n_encoder_layers: int = flag(4, "layers of the encoder", from_preset=True)
-    n_decoder_layers: int = flag(0, "layers of the decoder", from_preset=True, decoder_only=True)
+    d_model: int = flag(256, "width of the model", least=1, from_preset=True)
+    n_heads: int = flag(4, "attention heads, a divisor of the width", least=1, from_preset=True)
+    d_ff: int = flag(1024, "inner width of the feed-forward layers", least=1, from_preset=True)
+    n_encoder_layers: int = flag(4, "layers of the encoder", least=1, from_preset=True)
+    n_decoder_layers: int = flag(0, "layers of the decoder", least=0, from_preset=True, decoder_only=True)
     positions: str = flag(
         "rotary", "relative, by rotation, or a learned vector each", choices=("rotary", "learned"), from_preset=True
     )
-    max_len: int = flag(0, "the longest row in tokens (default: --seq-len)", from_preset=True)
-    dropout: float = flag(0.0, "on embeddings and sublayer outputs, 0 to 1", from_preset=True)
+    max_len: int = flag(0, "the longest row in tokens (default: --seq-len)", least=0, from_preset=True)
+    dropout: float = flag(0.0, "on embeddings and sublayer outputs", least=0, below=1, from_preset=True)
     fusion: bool = flag(False, "the decoder sees all layers of the encoder, fused by attention", decoder_only=True)
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "n_heads", "d_ff", "n_encoder_layers", "max_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        for name in ("n_encoder_layers", "n_decoder_layers"):
-            if getattr(self, name) > 1000:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at most 1000")
-        if self.n_decoder_layers < 0:
-            raise ValueError(f"n_decoder_layers is {self.n_decoder_layers}: it must be 0 or more")
+        check_bounds(self)
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}: change one of them")
-        if self.positions not in ("rotary", "learned"):
-            raise ValueError(f"positions is {self.positions!r}: it must be rotary or learned")
         if self.positions == "rotary" and self.d_model // self.n_heads % 2:
             raise ValueError(f"n_heads {self.n_heads} of width {self.d_model} are odd: rotary positions need even ones")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}: it must be in [0, 1)")
 
 
-# paper: 12 layers; width 1024, 16 heads, FFN 4096, dropout 0.1 as AlexaTM 20B's code has them. The others are ours.
-# micro suits the embedded corpus, tiny some MB of text on a CPU. Neither has dropout: so short a run does not overfit.
-# paper: learned positions, as AlexaTM 20B's code has them; with them an encoder stays far longer at the loss of single
-# pieces (results/README.md).
+# paper: 12 layers; width 1024, 16 heads, FFN 4096, dropout 0.1 and learned positions as in AlexaTM 20B's code. With
+# learned positions an encoder stays far longer at the loss of single pieces (results/README.md). The others are ours:
+# micro suits the embedded corpus, tiny some MB of text on a CPU. They have no dropout: so short a run does not overfit.
 PRESETS: dict[str, dict] = {
     "micro": dict(d_model=128, n_heads=4, d_ff=512, n_encoder_layers=4, n_decoder_layers=4, dropout=0.0),
     "tiny": dict(d_model=256, n_heads=4, d_ff=1024, n_encoder_layers=4, n_decoder_layers=4, dropout=0.0),
@@ -81,8 +69,7 @@ def plain_attention(
 ) -> Tensor:  # [B, H, T, K], 2 x [B, H, S, K] -> [B, H, T, K]
     """softmax(q k^T / sqrt(K)) v, step by step (Vaswani et al. 2017, equation 1): `scaled_dot_product_attention`.
 
-    On a CPU, in bf16, it takes about half the time of torch's one operation, in rows of up to 512 tokens; for a single
-    query, as generation has them, three quarters.
+    On a CPU in bf16 it takes about half the time of torch's single operation, in rows of up to 512 tokens.
     """
     scores = q * q.shape[-1] ** -0.5 @ k.mT  # [B, H, T, S]
     if is_causal:
@@ -93,9 +80,9 @@ def plain_attention(
 
 
 @lru_cache
-@torch.inference_mode(False)  # a table that is first asked for in that mode could serve no training later
+@torch.inference_mode(False)  # a table made in that mode could not be used in training
 def rotary_table(length: int, head_dim: int, device: torch.device) -> Tensor:  # -> [2, length, 1, K]
-    """Cosines and signed sines of the angles t * 10,000^(-2i / K) by which `rotate` turns position t (in fp32).
+    """Cosines and signed sines, in fp32, of the angles t * 10,000^(-2i / K) by which `rotate` turns position t.
 
     Su et al. 2021, equation 15, in the half-split form: unit i of a head is paired with unit i + K / 2.
     """
@@ -106,7 +93,7 @@ def rotary_table(length: int, head_dim: int, device: torch.device) -> Tensor:  #
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:  # [B, T, H, K], [2, T, 1, K] -> [B, T, H, K]
-    """Each pair (x_i, x_{i + K/2}) turned by its position's angle, so that q k^T depends on the distance of the two."""
+    """Turns each pair (x_i, x_{i + K/2}) by the angle of its position: q k^T then depends on their distance only."""
     cos, sin = turn.to(x.dtype)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
@@ -126,7 +113,7 @@ class Attention(nn.Module):
         return (x if turn is None else rotate(x, turn)).transpose(1, 2)
 
     def keys_values(self, memory: Tensor, turn: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, H, S, K] of a sequence [B, S, D], for whoever attends to it; `turn` as in forward."""
+        """Keys and values [B, H, S, K] of the sequence [B, S, D] that is attended to; `turn` as in forward."""
         k, v = self.kv(memory).chunk(2, -1)  # [B, S, D]
         return self._heads(k, turn), self._heads(v, None)
 
@@ -139,12 +126,12 @@ class Attention(nn.Module):
         causal: bool = False,
         turn: Tensor | None = None,
     ) -> Tensor:
-        """What each x [B, T, D] gathers from v by k [B, H, S, K]; mask [B, 1, 1, S] is True at real tokens.
+        """Attends from x [B, T, D] to keys and values [B, H, S, K]; mask [B, 1, 1, S] is True at real tokens.
 
         With rotary positions `turn` [2, T, 1, K] is the part of `rotary_table` for the positions of x.
         """
         q = self._heads(self.q(x), turn)  # [B, H, T, K]
-        by_hand = q.device.type == "cpu" and (q.dtype == torch.bfloat16 or q.shape[2] == 1)
+        by_hand = q.device.type == "cpu" and q.dtype == torch.bfloat16
         attend = plain_attention if by_hand else F.scaled_dot_product_attention
         with torch.autocast(q.device.type, enabled=False):  # the operands have their dtype already
             y = attend(q, k, v, attn_mask=mask, is_causal=causal)  # [B, H, T, K]
@@ -167,20 +154,20 @@ class EncoderBlock(nn.Module):
         self.ffn_norm, self.ffn = nn.LayerNorm(cfg.d_model), FeedForward(cfg)
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None, turn: Tensor | None = None, at: Tensor | None = None) -> Tensor:
-        """x [B, S, D], mask [B, 1, 1, S] -> [B, S, D], or [N, D]: the positions at [N], numbered through the batch."""
+    def forward(self, x: Tensor, mask: Tensor | None, turn: Tensor | None, selected: Tensor | None) -> Tensor:
+        """x [B, S, D], mask [B, 1, 1, S] -> [B, S, D], or [N, D] at the selected positions of the flattened batch."""
         h = self.attn_norm(x)
         x = x + self.dropout(self.attn(h, *self.attn.keys_values(h, turn), mask, turn=turn))
-        if at is not None:  # attention needed all positions, the rest looks at each alone
-            x = x.flatten(0, 1)[at]  # [N, D]
+        if selected is not None:  # attention needs all positions, the feed-forward layer takes each by itself
+            x = x.flatten(0, 1)[selected]  # [N, D]
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
 
 class DecoderBlock(nn.Module):
     """Causal self-attention, cross-attention over the encoder's output, feed-forward: Pre-LN.
 
-    Rotary positions turn the queries and keys of cross-attention too, by target and source position: without, the
-    decoder must find what to copy by its content alone, and learns to in many times the updates (results/README.md).
+    Rotary positions turn the queries and keys of cross-attention too, by target and source position. Without, the
+    decoder must find what to copy by content only, and needs many times the updates to learn it (results/README.md).
     """
 
     def __init__(self, cfg: ModelConfig):
@@ -207,40 +194,25 @@ class DecoderBlock(nn.Module):
         else:
             if not cache:
                 cache["cross"] = tuple(x.contiguous() for x in self.cross.keys_values(enc_out, src_turn))
-            k, v = self._remember(cache, k, v)
+                cache["self"] = k[:, :, :0], v[:, :, :0]
+            k, v = cache["self"] = tuple(torch.cat(pair, 2) for pair in zip(cache["self"], (k, v)))
             cross_kv = cache["cross"]
         x = x + self.dropout(self.attn(h, k, v, causal=cache is None, turn=turn))
         x = x + self.dropout(self.cross(self.cross_norm(x), *cross_kv, mask, turn=turn))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))  # [B, T, D]
 
-    def _remember(self, cache: dict, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds a position's keys and values [B, H, 1, K] to the cache; returns all [B, H, T, K].
-
-        The room for them doubles when it is full: to append by copying would cost T copies of T positions.
-        """
-        n = cache.get("length", 0)
-        if n == 0:
-            cache["self"] = k.clone(), v.clone()
-        elif n == cache["self"][0].shape[2]:
-            cache["self"] = tuple(torch.cat([x, torch.empty_like(x)], dim=2) for x in cache["self"])
-        for room, new in zip(cache["self"], (k, v)):
-            room[:, :, n : n + 1] = new
-        cache["length"] = n + 1
-        k, v = (x[:, :, : n + 1] for x in cache["self"])
-        return k, v
-
 
 def _run(block: nn.Module, checkpointing: bool, *inputs: object) -> Tensor:
-    """The block's output; with checkpointing what it needs for its backward pass is computed again there, not kept."""
+    """The block's output. With checkpointing, its backward pass recomputes the activations instead of storing them."""
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False)
     return block(*inputs)
 
 
 def turn_of(cfg: ModelConfig, x: Tensor, start: int = 0) -> Tensor | None:
-    """The part [2, T, 1, K] of the table that turns the positions of x [B, T, D] from `start` on; None if learned.
+    """The part [2, T, 1, K] of `rotary_table` for the positions of x [B, T, D] from `start` on; None if learned.
 
-    Raises ValueError for a row that is longer than any the model was trained on.
+    Raises ValueError for a row longer than the model's max_len.
     """
     end = start + x.shape[1]
     if end > cfg.max_len:
@@ -266,12 +238,12 @@ class Encoder(nn.Module):
         embedded: Tensor,
         src_mask: Tensor | None = None,
         fuse: Callable[[Tensor], Tensor] | None = None,
-        at: Tensor | None = None,
+        selected: Tensor | None = None,
     ) -> Tensor:  # [B, S, D], [B, S] -> [B, S, D]
-        """The last layer's output, or what `fuse` makes of all layers' [layers, B, S, D], each through the final norm.
+        """The last layer's output, or what `fuse` makes of the outputs of all layers [layers, B, S, D].
 
-        Without that norm the deeper layers would outweigh the others: a Pre-LN stream grows from layer to layer.
-        Where only some positions are asked for, `at` [N] of the flattened batch, the output is theirs, [N, D].
+        All pass the final norm. Without it the deeper layers would outweigh the others, since a Pre-LN stream grows
+        from layer to layer. With `selected` positions [N] of the flattened batch, the output is theirs: [N, D].
         """
         turn = turn_of(self.cfg, embedded)
         if self.positions is not None:
@@ -280,17 +252,17 @@ class Encoder(nn.Module):
         mask = None if src_mask is None else src_mask[:, None, None, :]  # [B, 1, 1, S]
         layers = []
         for block in self.blocks:
-            x = _run(block, self.checkpointing, x, mask, turn, at if block is self.blocks[-1] else None)
+            x = _run(block, self.checkpointing, x, mask, turn, selected if block is self.blocks[-1] else None)
             if fuse is not None:
                 layers.append(x)
         return self.norm(x) if fuse is None else fuse(self.norm(torch.stack(layers)))
 
 
 class Fusion(nn.Module):
-    """Attention over the encoder's layers, at each token for itself (Cao, Satya Prakash, Hamza 2022).
+    """Attention over the encoder's layers, separately at each token (Cao, Satya Prakash, Hamza 2022).
 
-    scores_l = q . LN(h_l) / sqrt(D), p = softmax over the layers, fused = sum_l p_l h_l. The query starts at 0: at
-    step 0 every layer counts alike. paper: how it is wired there is not known to us.
+    scores_l = q . LN(h_l) / sqrt(D), p = softmax over the layers, fused = sum_l p_l h_l. The query starts at 0, so
+    that all layers count equally at step 0. paper: how it is wired there is not known to us.
     """
 
     def __init__(self, cfg: ModelConfig):
@@ -307,7 +279,7 @@ class Fusion(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedded target prefix and encoder output to one vector for each next token."""
+    """Embedded target prefix and encoder output to a vector for each next token."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -318,8 +290,8 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(cfg.d_model)
 
     def forward(self, embedded: Tensor, enc_out: Tensor, src_mask: Tensor | None, cache: list | None) -> Tensor:
-        """Embedded [B, T, D], encoder output [B, S, D]; with a cache, of one dict a layer, T is 1 (DecoderBlock)."""
-        start = cache[0].get("length", 0) if cache else 0
+        """embedded [B, T, D], enc_out [B, S, D] -> [B, T, D]. With a cache, a dict per layer, T is 1 (DecoderBlock)."""
+        start = cache[0]["self"][0].shape[2] if cache and cache[0] else 0
         turn, src_turn = turn_of(self.cfg, embedded, start), turn_of(self.cfg, enc_out)
         if self.positions is not None:
             embedded = embedded + self.positions.weight[start : start + embedded.shape[1]]
@@ -333,15 +305,14 @@ class Decoder(nn.Module):
 class ProjectionLoss(torch.autograd.Function):
     """Sum of cross-entropies of `softmax(hidden @ weight.T + bias)`, never holding more than a chunk of the logits.
 
-    Since the loss is a sum, its gradient is known as soon as a chunk's logits are: it is taken in the forward pass,
-    while they are at hand, and only scaled in the backward pass. Gradients nobody needs (a frozen embedding) are not
-    computed. At a 150k vocabulary the logits of 64 rows of 512 would be 9.8 GB in bf16; a chunk here is 32 MB.
-    Products are over whole chunks; on a CPU the softmax between them, in fp32, takes as many rows as its cache holds.
-    Chunks with their gradients in the forward pass: as Liger Kernel has them (Hsu et al. 2024).
+    At a 150k vocabulary the logits of 64 rows of 512 would be 9.8 GB in bf16; a chunk here is 32 MB. Since the loss is
+    a sum, its gradient is known as soon as a chunk's logits are: the forward pass computes it, the backward pass only
+    scales it, as in Liger Kernel (Hsu et al. 2024). Gradients that nobody needs (a frozen embedding) are not computed.
+    On a CPU the softmax, in fp32, takes as many rows at a time as its cache holds.
     """
 
-    CHUNK_LOGITS = 2**24  # logits at a time
-    CACHED_LOGITS = 2**20  # of them as many as a CPU's cache holds in fp32: 4 MB
+    CHUNK_LOGITS = 2**24
+    CACHED_LOGITS = 2**20  # 4 MB in fp32
 
     @staticmethod
     def forward(
@@ -357,19 +328,19 @@ class ProjectionLoss(torch.autograd.Function):
         d_bias = torch.zeros_like(bias) if need[2] else None
         rows = min(len(targets), max(1, ProjectionLoss.CHUNK_LOGITS // len(weight)))
         few = max(1, ProjectionLoss.CACHED_LOGITS // len(weight)) if device == "cpu" else rows
-        product = hidden.new_empty(rows, len(weight), dtype=dtype)  # the buffers serve every chunk: on a CPU, fresh
-        d_part = torch.empty_like(w) if need[1] else None  # memory costs more than the arithmetic
+        product = hidden.new_empty(rows, len(weight), dtype=dtype)  # buffers for every chunk: on a CPU, new memory
+        d_part = torch.empty_like(w) if need[1] else None  # costs more than the arithmetic
         for start in range(0, len(targets), max(1, rows)):
             h, target = h_all[start : start + rows], targets[start : start + rows, None]  # [N, D], [N, 1]
-            chunk = torch.mm(h, w.T, out=product[: len(h)])  # [N, V]: logits, then in their place d_logits
-            for part, at in zip(chunk.split(few), target.split(few)):
-                logits = part.float() if bias is None else part + bias.float()  # [n, V]
-                real, at = at != IGNORE, at.clamp(min=0)
+            chunk = torch.mm(h, w.T, out=product[: len(h)])  # [N, V]: logits, then d_logits
+            for part, token in zip(chunk.split(few), target.split(few)):
+                logits = part.float() if bias is None else part + bias.float()  # [few, V]
+                real, token = token != IGNORE, token.clamp(min=0)  # [few, 1]
                 p = logits.softmax(-1)
-                log_z = logits.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()  # [n, 1]
-                total += ((log_z - logits.gather(1, at)) * real).sum()
+                log_z = logits.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()  # [few, 1]
+                total += ((log_z - logits.gather(1, token)) * real).sum()
                 if any(need):
-                    d_logits = p.scatter_add_(1, at, -torch.ones_like(log_z)).mul_(real)
+                    d_logits = p.scatter_add_(1, token, -torch.ones_like(log_z)).mul_(real)
                     if d_bias is not None:
                         d_bias += d_logits.sum(0)
                     part.copy_(d_logits)
@@ -387,9 +358,9 @@ class ProjectionLoss(torch.autograd.Function):
 
 
 def projection_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """ProjectionLoss of hidden [N, D], weight [V, D], bias [V] and targets [N]; it takes no gradients under no_grad.
+    """ProjectionLoss of hidden [N, D], weight [V, D], bias [V] and targets [N], without gradients under no_grad.
 
-    The Function cannot see that for itself: autograd is off inside it in any case.
+    The Function cannot see no_grad: autograd is always off inside it.
     """
     if not torch.is_grad_enabled():
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
@@ -399,15 +370,15 @@ def projection_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets
 def _init_weights(module: nn.Module) -> None:
     """Normal(0, 0.02) for matrices and embeddings, 0 for biases; LayerNorm keeps torch's ones and zeros.
 
-    AlexaTM 20B: 0.02 everywhere. Here what an attention layer hands on (keys, values, output) has 2 / sqrt(D), for
-    attention begins as an average over the row, which shrinks what it carries by the square root of the row's length:
-    at 0.02 a small model takes hundreds of updates to notice its context at all.
+    AlexaTM 20B: 0.02 everywhere. Here keys, values and outputs of attention have 2 / sqrt(D). Attention begins as an
+    average over the row, which shrinks what it carries by the square root of the row's length: at 0.02 a small model
+    needs hundreds of updates to notice its context at all.
     """
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear):
         nn.init.zeros_(module.bias)
-    if isinstance(module, Attention):  # after its own Linears: `apply` goes from the leaves up
+    if isinstance(module, Attention):  # after its Linears: `apply` goes from the leaves up
         for linear in (module.kv, module.out):
             nn.init.normal_(linear.weight, std=2 / linear.in_features**0.5)
 
@@ -429,7 +400,7 @@ class MaskedLM(nn.Module):
         return self.encoder(self.embed(src), src_mask)
 
     def logits(self, src: Tensor, src_mask: Tensor | None = None) -> Tensor:  # [B, S] -> [B, S, V]
-        """Of the piece at each position: for a look at the model, training never holds them."""
+        """Scores of every piece at each position: to look at the model. Training never holds them."""
         return F.linear(self.head(self.encode(src, src_mask)), self.embed.weight, self.head_bias)
 
     def forward(self, src: Tensor, labels: Tensor, src_mask: Tensor | None = None) -> Tensor:
@@ -437,9 +408,10 @@ class MaskedLM(nn.Module):
 
         The last feed-forward layer, the head and the projection run on the labelled positions only.
         """
-        at = (labels.flatten() != IGNORE).nonzero().squeeze(1)  # [N]
-        hidden = self.head(self.encoder(self.embed(src), src_mask, at=at))  # [N, D]
-        return projection_loss(hidden, self.embed.weight, self.head_bias, labels.flatten()[at])
+        labels = labels.flatten()  # [B * S]
+        labelled = (labels != IGNORE).nonzero().squeeze(1)  # [N]
+        hidden = self.head(self.encoder(self.embed(src), src_mask, selected=labelled))  # [N, D]
+        return projection_loss(hidden, self.embed.weight, self.head_bias, labels[labelled])
 
 
 class Seq2Seq(nn.Module):
@@ -463,11 +435,11 @@ class Seq2Seq(nn.Module):
     def decode(
         self, tgt_in: Tensor, enc_out: Tensor, src_mask: Tensor | None = None, cache: list | None = None
     ) -> Tensor:  # [B, T], [B, S, D] -> [B, T, D]
-        """A vector for each next token. With a cache tgt_in [B, 1] is the newest token alone."""
+        """A vector for each next token. With a cache, tgt_in [B, 1] is the newest token only."""
         return self.decoder(self.embed(tgt_in), enc_out, src_mask, cache)
 
     def logits(self, src: Tensor, tgt_in: Tensor, src_mask: Tensor | None = None) -> Tensor:  # -> [B, T, V]
-        """Of each next token: for comparisons, training never holds them."""
+        """Scores of every piece as each next token: for comparisons. Training never holds them."""
         return F.linear(self.decode(tgt_in, self.encode(src, src_mask), src_mask), self.embed.weight)
 
     def forward(self, src: Tensor, tgt_in: Tensor, tgt_out: Tensor, src_mask: Tensor | None = None) -> Tensor:

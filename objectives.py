@@ -1,10 +1,10 @@
 """Pre-training objectives as pure NumPy functions of (tokens, rng): masked language modelling and span de-noising.
 
 The same tokens and the same generator state give the same example on any machine. `sample_rng` makes that state a
-function of (seed, stream, sample index), so that nothing has to be stored to resume and no rank or worker matters.
-Only the generator's raw doubles are drawn, since NumPy keeps that stream fixed between versions.
+function of (seed, stream, sample index): nothing has to be stored to resume, and no rank or worker matters.
+Only raw doubles are drawn, because NumPy keeps that stream fixed between versions.
 Source: Devlin et al. 2019 (MLM), Lewis et al. 2020 (de-noising, BART), Soltan et al. 2022 (AlexaTM 20B, by the team of
-the paper: spans dropped without a trace), Raffel et al. 2020 (sentinels, T5).
+the paper: dropped spans), Raffel et al. 2020 (sentinels, T5).
 """
 
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ import numpy as np
 from cli import InputError, OneProcessError
 
 IGNORE = -100  # label of a position that carries no loss
-ORDER, NOISE, VALID_NOISE = range(3)  # streams: one per use of the seed, so that no two uses share random numbers
+ORDER, NOISE, VALID_NOISE = range(3)  # streams: no two uses of a seed share random numbers
 
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """Fixed ids of the special tokens, the same in every tokenizer of this project; ordinary pieces follow them."""
+    """Ids of the special tokens, the same in every tokenizer of this project; ordinary pieces follow them."""
 
     vocab_size: int
     pad: int = 0
@@ -29,20 +29,20 @@ class SpecialIds:
     eos: int = 2  # </s>, closes a document
     unk: int = 3
     mask: int = 4
-    clm: int = 5  # [CLM], the prefix of causal rows in AlexaTM 20B
+    clm: int = 5  # [CLM], prefix of causal rows in AlexaTM 20B
     sentinel: int = 6  # <extra_id_0>; <extra_id_k> is sentinel + k
     n_sentinels: int = 100
 
     @property
     def ordinary(self) -> int:
-        """The first ordinary id: every id from here to vocab_size - 1 stands for text."""
+        """The first id that stands for text; so do all ids after it."""
         return self.sentinel + self.n_sentinels
 
 
 def sample_rng(seed: int, stream: int, index: int) -> np.random.Generator:
-    """The random numbers of sample `index` of a stream; distinct keys never overlap (a counter-based generator).
+    """The random numbers of sample `index` of a stream; those of distinct keys never overlap.
 
-    All three are from 0 to 2**64 - 1. Salmon et al. 2011 (Philox).
+    All three arguments are in 0 ... 2**64 - 1. A counter-based generator: Philox, Salmon et al. 2011.
     """
     key, counter = np.array([seed, stream], np.uint64), np.array([0, 0, 0, index], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
@@ -53,15 +53,12 @@ def mask_tokens(
 ) -> tuple[np.ndarray, np.ndarray]:
     """MLM (Devlin et al. 2019, 3.1): tokens [L] -> (inputs [L], labels [L]); labels are IGNORE where nothing is asked.
 
-    Exactly round(L * mask_prob) positions are chosen, special tokens never (all ordinary ones where that is fewer).
-    Of the chosen, 80 % become <mask>, 10 % a random ordinary token, 10 % stay: one uniform draw decides for each.
+    Exactly round(L * mask_prob) positions are chosen, but never special tokens; if there are fewer ordinary tokens, all
+    of them. Of the chosen, 80 % become <mask>, 10 % a random ordinary token, 10 % stay, by one uniform draw each.
 
     With mask id 4 and ordinary ids from 106, [106 107 108 109 110 2] at 40 % may give
     inputs [106 4 108 109 110 2] and labels [-100 107 -100 -100 110 -100]: 107 was masked, 110 was chosen and stays.
-    Raises InputError for a share outside [0, 1).
     """
-    if not 0 <= mask_prob < 1:
-        raise InputError(f"mask_prob is {mask_prob}: it must be in [0, 1)")
     candidates = np.flatnonzero(tokens >= ids.ordinary)
     chosen = candidates[_choose(len(candidates), min(len(candidates), round(len(tokens) * mask_prob)), rng)]
     fate, replacement = rng.random((2, len(chosen)))
@@ -77,19 +74,13 @@ def sample_spans(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Disjoint spans of 0..length-1, in order: (starts [n], lengths [n]) with sum(lengths) == round(length * density).
 
-    Span lengths are Poisson(mean_span) given that they are not 0, the last one drawn is cut to meet the budget, and at
-    least one token parts two spans (where more are drawn than `most`, or than the tokens left can part, neighbours are
-    joined). Spans and single tokens lie on a circle in random order and the circle is cut at random, so every position
-    is equally likely to be noise; a span across the cut becomes two. Raises InputError for a length below 1, a density
-    outside [0, 1) or a mean_span outside (0, 1000].
+    Span lengths are Poisson(mean_span) without 0; the last one drawn is cut to meet the budget. At least one token
+    separates two spans: if more are drawn than `most`, or than the other tokens can separate, neighbours are joined.
+    Spans and single tokens lie on a circle in random order, and the circle is cut at random, so that every position is
+    equally likely to be noise; a span across the cut becomes two.
 
     sample_spans(6, 0.5, 3.0, rng) may give starts [1 5] and lengths [2 1].
     """
-    if length < 1 or not 0 <= density < 1 or not 0 < mean_span <= 1000:
-        raise InputError(
-            f"length {length}, density {density}, mean_span {mean_span}: "
-            "length must be at least 1, density in [0, 1) and mean_span in (0, 1000]"
-        )
     budget = round(length * density)
     if budget in (0, length):  # nothing, or everything
         return np.zeros(int(budget > 0), np.int64), np.full(int(budget > 0), length)
@@ -101,10 +92,10 @@ def sample_spans(
     single = length - budget
     if len(lengths) > (most := min(most, single)):
         lengths = np.add.reduceat(lengths, np.arange(most) * len(lengths) // most)
-    # Each span takes one single token along behind it; choose which of these tokens have a span before them.
+    # Each span is followed by a single token: choose which single tokens follow a span.
     starts = np.sort(_choose(single, len(lengths), rng)) + lengths.cumsum() - lengths
     starts = (starts + int(rng.random() * length)) % length
-    over = starts + lengths - length  # above 0 for the span that the cut of the circle falls in
+    over = starts + lengths - length  # positive for the span that the circle is cut in
     if over.max() > 0:
         cut = int(over.argmax())
         starts, lengths = np.append(starts, 0), np.append(lengths, over[cut])
@@ -114,7 +105,7 @@ def sample_spans(
 
 
 def drop_spans(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The tokens [L] without the spans, and without a trace of where they were (AlexaTM 20B, section 2).
+    """The tokens [L] without the spans, which leave no trace (AlexaTM 20B, section 2).
 
     Spans at [1 5] of lengths [2 1] turn [106 107 108 109 110 111] into [106 109 110].
     """
@@ -134,9 +125,9 @@ def sentinel_spans(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Span corruption (Raffel et al. 2020, 3.1.4): (source, target); the k-th span becomes <extra_id_k> in the source.
 
-    The target is each sentinel followed by its span, and one sentinel more at the end. With <extra_id_0> at 6, spans at
-    [1 5] of lengths [2 1] turn [106 107 108 109 110 111] into [106 6 109 110 7] and [6 107 108 7 111 8].
-    Raises OneProcessError when there are more spans than sentinels allow.
+    The target is each sentinel followed by its span, and a last sentinel. With <extra_id_0> at 6, spans at [1 5] of
+    lengths [2 1] turn [106 107 108 109 110 111] into [106 6 109 110 7] and [6 107 108 7 111 8].
+    Raises OneProcessError when there are not enough sentinels.
     """
     if len(starts) >= ids.n_sentinels:
         raise OneProcessError(
@@ -160,20 +151,20 @@ def noise_row(
 ) -> tuple[np.ndarray, np.ndarray]:
     """De-noising example of a row [L]: (source, target). The target is the whole clean row, or the spans (sentinel).
 
-    Exactly round(L * density) tokens are noise. Special tokens are never among them: spans are sampled over the
-    ordinary tokens, and one that would run across a document's end is split there. With sentinels neighbouring spans
-    are joined where the sentinels, or the length of the row for its target, would not do. Raises InputError for another
-    noise, OneProcessError for a row with too few ordinary tokens, or too many special ones for its sentinels.
+    Exactly round(L * density) tokens are noise, never special ones: spans are sampled over the ordinary tokens, and a
+    span across a document's end is split there. With sentinels, neighbouring spans are joined if there are too few
+    sentinels, or if the target would be longer than the row. Raises InputError for another noise, OneProcessError for a
+    row with too few ordinary tokens, or with too many special ones for its sentinels.
     """
     ordinary = np.flatnonzero(tokens >= ids.ordinary)
     budget = round(len(tokens) * density)
     if budget >= len(ordinary):
         raise OneProcessError(
-            f"{budget} of {len(tokens)} tokens were to be noise, the row has {len(ordinary)} ordinary ones: "
+            f"{budget} of {len(tokens)} tokens should be noise, the row has {len(ordinary)} ordinary ones: "
             "lower the density"
         )
     left, special, most = len(tokens) - budget, len(tokens) - len(ordinary), 1 << 62
-    if noise == "sentinel":  # the cut of the circle and each special token may make one more
+    if noise == "sentinel":  # the cut of the circle and each special token may add a span
         most = max(1, min(ids.n_sentinels, left) - special - 2)
     spans = sample_spans(len(ordinary), budget / len(ordinary), mean_span, rng, most)
     is_noise = np.zeros(len(tokens) + 2, np.int8)
@@ -191,7 +182,7 @@ def noise_row(
 
 
 def clm_row(tokens: np.ndarray, rng: np.random.Generator, ids: SpecialIds) -> tuple[np.ndarray, np.ndarray]:
-    """ "Go on with this text" (Soltan et al. 2022, causal language modelling): a row [L] -> (source, target).
+    """Continuing a text (Soltan et al. 2022, causal language modelling): a row [L] -> (source, target).
 
     The source is [CLM] and the first 20 to 80 % of the row, each length equally likely; the target is the rest.
     With [CLM] at 5, [106 107 108 109 110 111] cut at 2 gives [5 106 107] and [108 109 110 111].
@@ -212,11 +203,11 @@ def _choose(n: int, k: int, rng: np.random.Generator) -> np.ndarray:
 
 @lru_cache
 def _span_cdf(mean: float) -> np.ndarray:
-    """P(length <= 1 + i) for a Poisson length that is not 0, up to where nothing is left in double precision."""
+    """P(length <= 1 + i) for a Poisson length that is not 0, as far as double precision can tell it from 1."""
     k = np.arange(1, int(mean + 12 * sqrt(mean) + 30))
     pmf = np.exp(k * log(mean) - mean - np.array([lgamma(i + 1) for i in k]))
     cdf = pmf.cumsum() / pmf.sum()
-    cdf[-1] = 1.0  # whatever rounding says: the search must end inside
+    cdf[-1] = 1.0  # despite rounding: the search must end inside
     return cdf
 
 
@@ -229,7 +220,7 @@ def _inside(length: int, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def _replace_spans(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, by: np.ndarray) -> np.ndarray:
-    """The first token of span k becomes by[k], the rest of the span goes."""
+    """The first token of span k becomes by[k]; the rest of the span is removed."""
     keep = ~_inside(len(tokens), starts, lengths)
     keep[starts] = True
     out = tokens.copy()

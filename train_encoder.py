@@ -1,4 +1,4 @@
-"""Stage 1: an encoder by masked language modelling (Devlin et al. 2019; the encoder that is to beat).
+"""Stage 1: an encoder by masked language modelling (Devlin et al. 2019).
 
 torchrun train_encoder.py                                        # on the embedded corpus -> enc.pt
 torchrun train_encoder.py --data DATA --preset base --steps 100000 --batch-size 512 --seq-len 512
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 import trainer
-from cli import InputError, flag, run_command
+from cli import InputError, check_bounds, flag, run_command
 from objectives import SpecialIds, mask_tokens
 
 
@@ -18,11 +18,10 @@ from objectives import SpecialIds, mask_tokens
 class MLMConfig:
     """The objective of this stage."""
 
-    mask_prob: float = flag(0.15, "share of the tokens that the model must predict")
+    mask_prob: float = flag(0.15, "share of the tokens that the model must predict", above=0, below=1)
 
     def __post_init__(self) -> None:
-        if not 0 < self.mask_prob < 1:
-            raise ValueError(f"mask_prob is {self.mask_prob}: it must be above 0 and below 1")
+        check_bounds(self)
 
 
 def encoder_objective(ids: SpecialIds, cfg: MLMConfig) -> trainer.Objective:
@@ -37,9 +36,11 @@ def encoder_objective(ids: SpecialIds, cfg: MLMConfig) -> trainer.Objective:
 
 def main() -> None:
     run = trainer.start(__doc__, "encoder", MLMConfig)
-    if round(run.train.seq_len * run.own.mask_prob) < 1:
-        raise InputError(f"--mask-prob {run.own.mask_prob} of --seq-len {run.train.seq_len} masks nothing; raise it")
-    trainer.fit(run, trainer.new_model(run), encoder_objective(run.data.ids, run.own))
+    if round(run.train.seq_len * run.objective.mask_prob) < 1:
+        raise InputError(
+            f"--mask-prob {run.objective.mask_prob} of --seq-len {run.train.seq_len} masks nothing; raise it"
+        )
+    trainer.fit(run, trainer.new_model(run), encoder_objective(run.data.ids, run.objective))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 import trainer
-from cli import InputError, OneProcessError, flag, run_command
+from cli import InputError, OneProcessError, check_bounds, flag, run_command
 from model import Decoder, ModelConfig
 from objectives import SpecialIds, clm_row, noise_row
 
@@ -23,26 +23,22 @@ class DenoiseConfig:
     noise: str = flag(
         "drop", "spans leave no trace, one <mask> each, or T5's sentinels", choices=("drop", "mask", "sentinel")
     )
-    noise_density: float = flag(0.15, "share of the tokens that lie in spans")
-    mean_span: float = flag(3.0, "mean of the Poisson that span lengths are drawn from, tokens")
-    clm_fraction: float = flag(0.0, "share of the rows that are to be continued, not de-noised (AlexaTM 20B: 0.2)")
+    noise_density: float = flag(0.15, "share of the tokens that lie in spans", above=0, below=1)
+    mean_span: float = flag(3.0, "mean of the Poisson distribution of span lengths, tokens", above=0, most=1000)
+    clm_fraction: float = flag(
+        0.0, "share of the rows that are to be continued, not de-noised (AlexaTM 20B: 0.2)", least=0, most=1
+    )
     init_decoder: bool = flag(False, "the decoder starts from the layers of --init's encoder, but for cross-attention")
-    unfreeze_at: float = flag(0.0, "the encoder of --init is frozen for this share of the steps, 0 to 1")
+    unfreeze_at: float = flag(0.0, "share of the steps for which the encoder of --init is frozen", least=0, most=1)
 
     def __post_init__(self) -> None:
-        if not 0 < self.noise_density < 1:
-            raise ValueError(f"noise_density is {self.noise_density}: it must be above 0 and below 1")
-        if not 0 < self.mean_span <= 1000:
-            raise ValueError(f"mean_span is {self.mean_span}: it must be above 0 and at most 1000")
-        for name in ("clm_fraction", "unfreeze_at"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be in [0, 1]")
+        check_bounds(self)
 
 
 def seq2seq_objective(ids: SpecialIds, cfg: DenoiseConfig) -> trainer.Objective:
-    """A row [L] -> source [S], decoder input [T] (the target behind <s>) and target [T] of Seq2Seq.
+    """A row [L] -> source [S], decoder input [T] (the target after <s>) and target [T] of Seq2Seq.
 
-    It raises OneProcessError for a target longer than the row, which sentinels make where nearly all of it is noise.
+    The objective raises OneProcessError for a target longer than the row: sentinels make one if nearly all is noise.
     """
 
     def objective(tokens: np.ndarray, rng: np.random.Generator) -> trainer.Example:
@@ -59,7 +55,7 @@ def seq2seq_objective(ids: SpecialIds, cfg: DenoiseConfig) -> trainer.Objective:
 
 
 def decoder_from_encoder(weights: dict[str, Tensor], cfg: ModelConfig) -> dict[str, Tensor]:
-    """Decoder weights from an encoder's: positions, self-attention, feed-forward and norms (Rothe et al. 2020).
+    """Decoder weights from an encoder's: positions, self-attention, feed-forward, norms (Rothe et al. 2020).
 
     Decoder layer i takes encoder layer i * n_encoder_layers // n_decoder_layers. Cross-attention has no counterpart.
     """
@@ -75,19 +71,19 @@ def decoder_from_encoder(weights: dict[str, Tensor], cfg: ModelConfig) -> dict[s
 
 def main() -> None:
     run = trainer.start(__doc__, "seq2seq", DenoiseConfig)
-    own, steps = run.own, run.train.steps
-    needs_encoder = {"--unfreeze-at": own.unfreeze_at, "--init-decoder": own.init_decoder, "--fusion": run.model.fusion}
+    cfg, steps = run.objective, run.train.steps
+    needs_encoder = {"--unfreeze-at": cfg.unfreeze_at, "--init-decoder": cfg.init_decoder, "--fusion": run.model.fusion}
     for name, given in needs_encoder.items():
         if given and not run.settings["init"]:
             raise InputError(f"{name}: there is no trained encoder to work with; give one with --init")
     if run.model.n_decoder_layers < 1:
         raise InputError(f"--decoder-layers {run.model.n_decoder_layers}: it must be at least 1")
-    if round(run.train.seq_len * own.noise_density) < 1:
-        raise InputError(f"--noise-density {own.noise_density} of --seq-len {run.train.seq_len} is no token; raise it")
-    if run.init and own.init_decoder:
+    if round(run.train.seq_len * cfg.noise_density) < 1:
+        raise InputError(f"--noise-density {cfg.noise_density} of --seq-len {run.train.seq_len} is no token; raise it")
+    if run.init and cfg.init_decoder:
         run.init["weights"] |= decoder_from_encoder(run.init["weights"], run.model)
-    objective = seq2seq_objective(run.data.ids, own)
-    thaw = round(own.unfreeze_at * steps, 6)  # 0.55 * 100 is a little over 55 to a computer
+    objective = seq2seq_objective(run.data.ids, cfg)
+    thaw = round(cfg.unfreeze_at * steps, 6)  # 0.55 * 100 is slightly more than 55 in floating point
     trainer.fit(run, trainer.new_model(run), objective, frozen=lambda step: step < thaw)
 
 

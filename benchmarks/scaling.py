@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import trainer  # noqa: E402
 from compute import train_flops  # noqa: E402
+from config import SAMPLE, open_data  # noqa: E402
 from data import SAMPLE_OPTIONS  # noqa: E402
 from model import PRESETS, ModelConfig, Seq2Seq  # noqa: E402
 
@@ -132,7 +133,7 @@ def tokens_per_second(world: int, parallel: str, folder: str) -> float:
 
 def weak_scaling(rounds: int) -> None:
     """Prints tokens a second of one process and of two, under DDP and FSDP2."""
-    trainer.open_data(trainer.SAMPLE, 128)  # made once, before anything is timed
+    open_data(SAMPLE, 128)  # made once, before anything is timed
     kinds = [(1, "ddp"), (2, "ddp"), (2, "fsdp")]
     seen: dict = {kind: [] for kind in kinds}
     with tempfile.TemporaryDirectory() as folder:

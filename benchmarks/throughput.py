@@ -34,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 import trainer  # noqa: E402
 from compute import batch_flops  # noqa: E402
+from config import SAMPLE, open_data  # noqa: E402
 from data import HEADER, SAMPLE_OPTIONS, SAMPLE_TEXT, TokenData, prepare  # noqa: E402
 from extract import hf_model  # noqa: E402
 from generate import generate  # noqa: E402
@@ -217,7 +218,7 @@ def fetching(o: dict, rounds: int) -> float:
     """Seconds, in this process, to draw a batch's rows from the embedded corpus, noise and collate them: what an update
     waits for without --workers.
     """
-    rows, seconds = trainer.open_data(trainer.SAMPLE, o["length"]), []
+    rows, seconds = open_data(SAMPLE, o["length"]), []
     objective = objective_of(o["task"], rows.ids)
     for turn in range(10 * rounds):
         began = time.perf_counter()

@@ -4,7 +4,7 @@
 #   recipes/run_all.sh --plan                              # what is left to do, and about how long it takes
 #   recipes/run_all.sh                                     # does it; stopped at any point, the same command goes on
 #   SCALE=mini DATA=DATA TASKS=TASKS recipes/run_all.sh    # TASKS holds udpos ner slots nli parse summ, or some of them
-#   python eval.py runs/mini*/results.jsonl --report OUT   # tables and figures, of what is there
+#   python recipes/report.py runs/mini*/results.jsonl --out OUT   # tables and figures, of what is there
 #
 # Tasks are fine-tuned on TRAIN_LANG (en) and scored in the languages of the data folder that have a test set.
 #
@@ -138,5 +138,5 @@ if [ "$mode" = --plan ]; then
 else
   mode=count && jobs
   mode=run && jobs
-  echo "all done: python eval.py runs/$SCALE*/results.jsonl --report OUT"
+  echo "all done: python recipes/report.py runs/$SCALE*/results.jsonl --out OUT"
 fi

@@ -9,7 +9,7 @@ import hypothesis
 import pytest
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
 
 MODULES = tempfile.TemporaryDirectory()  # for code that transformers copies out of a folder, else in the user's home
 os.environ["HF_MODULES_CACHE"] = MODULES.name

@@ -45,9 +45,9 @@ PHASES = ("starting", "updating", "validating", "saving")
 shared = mmap.mmap(-1, 16)  # what rank 0 is doing, and the steps it has done
 
 
-def watch(name: str, phase: int, steps: int = 0) -> None:
-    """Makes a function of the trainer note its phase, and count the steps that it did."""
-    original = getattr(trainer, name)
+def watch(place: object, name: str, phase: int, steps: int = 0) -> None:
+    """Makes a function note its phase, and count the steps that it did."""
+    original = getattr(place, name)
 
     def noted(*args: object, **options: object) -> object:
         if cli.rank() == 0:
@@ -57,9 +57,9 @@ def watch(name: str, phase: int, steps: int = 0) -> None:
             return original(*args, **options)
         finally:
             if cli.rank() == 0:
-                shared[:] = struct.pack("qq", before[0], args[4] + 1 if steps else before[1])
+                shared[:] = struct.pack("qq", before[0], args[3] + 1 if steps else before[1])
 
-    setattr(trainer, name, noted)
+    setattr(place, name, noted)
 
 
 def fork(module: object, flags: list[str], rank: int, world: int, port: int) -> int:
@@ -172,9 +172,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the instants (default %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    watch("_update", 1, steps=1)
-    watch("held_out_loss", 2)
-    watch("save_checkpoint", 3)
+    watch(trainer.Training, "update", 1, steps=1)
+    watch(trainer, "held_out_loss", 2)
+    watch(trainer, "save_checkpoint", 3)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         data.prepare(data.SAMPLE_TEXT, Path("DATA"), **data.SAMPLE_OPTIONS)

@@ -350,7 +350,8 @@ def test_only_the_embedding_is_shared():
 
 
 @pytest.mark.parametrize(
-    "change", [{"d_model": 30}, {"vocab_size": 0}, {"dropout": 1.0}, {"n_decoder_layers": -1}, {"n_encoder_layers": 0}]
+    "change",
+    [{"d_model": 30}, {"positions": "sines"}, {"dropout": 1.0}, {"n_decoder_layers": -1}, {"n_encoder_layers": 0}],
 )
 def test_impossible_shapes_are_refused(change):
     with pytest.raises(ValueError, match=str(next(iter(change.values())))):

@@ -15,11 +15,13 @@ import pytest
 import torch
 from conftest import ROOT, ROWS, SMALL
 
+import config
 import train_encoder
 import train_seq2seq
 import trainer
 from checkpoint import load_checkpoint
-from data import InputError, TokenData
+from cli import InputError
+from data import TokenData
 from model import ModelConfig
 
 # A training script as torchrun starts it, with faults at given steps on the last rank; it leaves each rank's weights.
@@ -31,9 +33,9 @@ import cli, train_seq2seq, trainer, torch
 rank, world = (int(os.environ.get(x, d)) for x, d in (("RANK", 0), ("WORLD_SIZE", 1)))
 fault, _, steps = os.environ.get("FAULT", "").partition(" ")
 steps = [int(step) for step in steps.split()]
-update, seen = trainer._update, []
+update, seen = trainer.Training.update, []
 
-def faulty(run, wrapped, optimizers, examples, step, frozen, stop):
+def faulty(training, wrapped, examples, step):
     last = rank == world - 1
     seen[:] = [wrapped]
     if step in steps and last and fault in ("TERM", "USR1", "KILL"):
@@ -43,10 +45,10 @@ def faulty(run, wrapped, optimizers, examples, step, frozen, stop):
     if step in steps and last and fault == "nan":
         # the loss of this rank alone is not a number
         hook = wrapped.register_forward_hook(lambda *call: call[2] * math.nan)
-        out = update(run, wrapped, optimizers, examples, step, frozen, stop)
+        out = update(training, wrapped, examples, step)
         hook.remove()
         return out
-    return update(run, wrapped, optimizers, examples, step, frozen, stop)
+    return update(training, wrapped, examples, step)
 
 def main():
     train_seq2seq.main()
@@ -54,7 +56,7 @@ def main():
         model = getattr(seen[0], "module", seen[0])
         torch.save(model.state_dict(), f"{{os.environ['NAME']}}.rank{{rank}}")
 
-trainer._update = faulty
+trainer.Training.update = faulty
 cli.run_command(main)
 """
 
@@ -223,7 +225,9 @@ def test_resumed_by_any_number_of_processes_and_either_wrapper(encoder, launch, 
         assert done.returncode == 0, done.stderr
         if fault:
             after = int(fault.split()[1]) + 2  # it comes in one update, and is seen in the next
-            assert f"parts.pt: stopped by a signal after {after} steps, all saved; go on with --resume" in done.stdout
+            assert (
+                f"parts.pt: stopped by a signal after {after} steps, all saved; continue with --resume" in done.stdout
+            )
             assert not (tmp_path / "parts.pt").exists()
             assert [path.name for path in trainer.run_checkpoints(tmp_path / "parts.run")] == [f"{after:09d}.pt"]
     whole, parts = (load_checkpoint(tmp_path / f"{name}.pt") for name in ("whole", "parts"))
@@ -312,11 +316,11 @@ def test_a_signal_to_the_whole_group_lets_the_last_update_have_its_rows(data_dir
 
 def test_processes_wait_for_the_embedded_corpus_whether_they_find_it_made_or_not(monkeypatch):
     """One that comes after it was made must not leave the others waiting."""
-    trainer.open_data(trainer.SAMPLE, 32)
-    monkeypatch.setattr(trainer.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(trainer.dist, "barrier", lambda: waited.append(1))
+    config.open_data(config.SAMPLE, 32)
+    monkeypatch.setattr(config.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(config.dist, "barrier", lambda: waited.append(1))
     waited = []
-    trainer.open_data(trainer.SAMPLE, 32)
+    config.open_data(config.SAMPLE, 32)
     assert waited == [1]
 
 

@@ -155,7 +155,7 @@ def test_every_file_and_function_that_is_named_exists():
 def test_the_results_are_those_of_the_files(user, tmp_path, name):
     """The tables are regenerated from the collected numbers; their page has them as they are, the plateau in words."""
     files = sorted((ROOT / "results").glob(f"{name}*/results.jsonl"))
-    user(f"python eval.py {' '.join(map(str, files))} --report OUT")
+    user(f"python recipes/report.py {' '.join(map(str, files))} --out OUT")
     tables = Path("OUT/tables.md").read_text()
     assert tables == (ROOT / "results" / name / "tables.md").read_text()
     rows = [line for line in tables.splitlines() if line.startswith("|")]

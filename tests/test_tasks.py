@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import report
 import torch
 from conftest import ROOT
 from hypothesis import given
@@ -21,7 +22,6 @@ from sklearn.metrics import accuracy_score
 
 import eval as evaluation
 import extract
-import report
 import tasks
 import train_seq2seq
 from checkpoint import load_model
@@ -468,7 +468,7 @@ def test_report(command, checkpoints, folder, capsys):
         command(evaluation, f"{name}.pt", "--task", task, "--data", folder / task, *common)
     for name in ("bart-12e12d", "roberta-12e"):
         command(evaluation, f"{name}.pt", "--task", "loss", "--out", "losses.jsonl")
-    command(evaluation, "r.jsonl", "losses.jsonl", "--report", "OUT")
+    command(report, "r.jsonl", "losses.jsonl", "--out", "OUT")
     text = (checkpoints / "OUT" / "tables.md").read_text()
     of_tasks = re.sub(r"Held-out losses:\n\n(\|.*\n)+", "", text)
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in of_tasks.splitlines() if line.startswith("|")]
@@ -489,21 +489,21 @@ def test_report(command, checkpoints, folder, capsys):
     assert (checkpoints / "OUT" / "score-against-compute.png").stat().st_size > 5000
     (checkpoints / "bad.jsonl").write_text("{}\n[1]\n")
     with pytest.raises(InputError, match=r"bad\.jsonl:1: not a result"):
-        command(evaluation, "bad.jsonl", "--report", "OUT")
+        command(report, "bad.jsonl", "--out", "OUT")
     poor = {name: value for name, value in results[0].items() if name != "train_lang"}
     (checkpoints / "bad.jsonl").write_text(json.dumps(poor) + "\n")
     with pytest.raises(InputError, match=r"bad\.jsonl:1: not a result"):
-        command(evaluation, "bad.jsonl", "--report", "OUT")
+        command(report, "bad.jsonl", "--out", "OUT")
     with open(checkpoints / "roberta-12e.run" / "metrics.jsonl", "a") as log:
         log.write('{"step": 2, "held_out": {"en": 1.5}')  # as a run that is killed leaves it
     (checkpoints / "strange.jsonl").write_text(
         json.dumps(losses[0] | {"checkpoint": "unfreeze-at-x.pt", "history": []})
     )
-    command(evaluation, "losses.jsonl", "strange.jsonl", "--report", "OUT")
+    command(report, "losses.jsonl", "strange.jsonl", "--out", "OUT")
     (checkpoints / "file").touch()
     for blocked in ("file", "file/OUT"):
-        with pytest.raises(InputError, match=f"{blocked}: cannot be written"):
-            command(evaluation, "losses.jsonl", "--report", blocked)
+        with pytest.raises(OSError, match=blocked):  # one line by run_command
+            command(report, "losses.jsonl", "--out", blocked)
 
 
 def test_a_curve_for_every_run_of_one_name(command, tmp_path):
@@ -556,19 +556,19 @@ def test_a_report_does_not_mix_ways_of_fine_tuning(command, checkpoints):
     one = result("bart-12e12d", task="summ", scores={"ROUGE-L": 1.0}, train_lang="en", n_train=10, seed=0)
     path = write("a.jsonl", [one, {**one, "n_train": 2000}])
     with pytest.raises(InputError, match=r"a\.jsonl:2: bart-12e12d in summ with n_train 2000, not 10 as before; keep"):
-        command(evaluation, path, "--report", "OUT")
+        command(report, path, "--out", "OUT")
 
 
 def test_a_checkpoint_is_one_whatever_the_way_to_it(command, checkpoints, losses):
     again = [{**row, "checkpoint": str(Path(row["checkpoint"]).resolve())} for row in losses[:2]]
-    command(evaluation, write("a.jsonl", losses + again), "--report", "OUT")
+    command(report, write("a.jsonl", losses + again), "--out", "OUT")
     assert "| bart-12e12d | 2.00e+09 | - | 2.000 |" in Path("OUT/tables.md").read_text()
 
 
 def test_report_of_runs_from_other_seeds_and_the_sweep(command, checkpoints, losses):
     encoder = result("roberta-12e", loss=1.0, kind="encoder", history=[{"stage": "encoder", "flops": 1e9}])
     again = [result("bart-12e12d", language=x, loss=y) for x, y in (("en", 1.2), ("de", 3.2))]
-    command(evaluation, write("a.jsonl", losses), write("b.jsonl", [encoder, *again]), "--report", "OUT")
+    command(report, write("a.jsonl", losses), write("b.jsonl", [encoder, *again]), "--out", "OUT")
     text = Path("OUT/tables.md").read_text()
     assert "| bart-12e12d | 2.00e+09 | - | 2.100 ± 0.141 |" in text
     assert "| nats | de | en | mean |\n|---|---|---|---|\n| bart-12e12d | 3.10 ± 0.14 | 1.10 ± 0.14 | 2.10" in text
@@ -587,7 +587,7 @@ def test_generation_scores_of_the_sweep(command, checkpoints, losses):
     rows = [("2stage-bart-12e12d-unfrz", 0.5, 20.0), ("2stage-bart-12e12d-unfrz", 0.5, 22.0), ("bart-12e12d", 0.0, 9.0)]
     rows += [("unfreeze-at-0.25", 0.25, 1.0)]  # without a loss: no point
     scores = [result(row, at, **parse, seed=i, scores={"exact match": x}) for i, (row, at, x) in enumerate(rows)]
-    command(evaluation, write("a.jsonl", losses), write("c.jsonl", scores), "--report", "OUT")
+    command(report, write("a.jsonl", losses), write("c.jsonl", scores), "--out", "OUT")
     lines = curve(Path("OUT/tables.md").read_text())
     assert lines[0] == "| `--unfreeze-at` | held-out loss, nats | parse, exact match | FLOPs | pair saved |"
     assert lines[2:4] == ["| 0 | 1.500 | - | 3.00e+09 | - |", "| 0.5 | 2.000 | 21.00 ± 1.41 | 2.50e+09 | - |"]
@@ -616,14 +616,14 @@ def test_report_of_models_that_cost_nothing(command, checkpoints, losses):
         for stage in row["history"]:
             stage["flops"] = 0.0
     encoder = result("roberta-12e", loss=1.0, kind="encoder", history=[{"stage": "encoder", "flops": 0.0}])
-    command(evaluation, write("a.jsonl", [*losses, encoder]), "--report", "OUT")
+    command(report, write("a.jsonl", [*losses, encoder]), "--out", "OUT")
     assert "| 2stage-bart-12e12d | 0.00e+00 | - | 4.000 |" in Path("OUT/tables.md").read_text()
 
 
 def test_report_without_matplotlib(command, checkpoints, folder, capsys, monkeypatch):
     command(evaluation, "enc.pt", "--task", "nli", "--data", folder / "nli", "--epochs", 1, "--out", "r.jsonl")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    command(evaluation, "r.jsonl", "--report", "OUT")
+    command(report, "r.jsonl", "--out", "OUT")
     assert "for figures: pip install matplotlib" in capsys.readouterr().out
     assert [path.name for path in Path("OUT").iterdir()] == ["tables.md"]
 

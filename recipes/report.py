@@ -1,19 +1,23 @@
-"""From the results that eval.py collects to the paper's two tables, the curve of --unfreeze-at, and figures.
+"""The paper's two tables, the curve of --unfreeze-at, and figures, from the results that eval.py collects.
 
-python eval.py runs/mini/results.jsonl --report OUT              # of one or more files
+python recipes/report.py runs/mini/results.jsonl --out REPORT    # one or more files
 
-A model is known by its checkpoint's file name: results of two files of one name are two runs of one model.
+A model is known by its checkpoint's file name: results of one name in two files are two runs of one model.
 """
 
+import argparse
 import json
 import os
 import statistics
+import sys
 from pathlib import Path
 
-from cli import InputError
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cli import InputError, run_command
 from compute import saved
+from log import read_metrics
 from tasks import GENERATION, METRICS, lines, mean_sd
-from trainer import read_metrics
 
 ROWS = ["roberta-12e", "bart-12e12d", "bart-12e12d-mask", "bart-12e2d", "bart-12e2d-mask", "bart-12e1d-mask"]
 ROWS += [f"{row}+mlm" for row in ROWS[1:]]
@@ -52,10 +56,10 @@ def read_results(paths: list[Path]) -> list[dict]:
 
 
 def by_run(results: list[dict]) -> list[float]:
-    """Of each run (of pre-training and fine-tuning) the mean over the languages."""
+    """The mean over the languages of each run (of pre-training and fine-tuning)."""
     runs: dict[str, dict[str, float]] = {}
     for r in results:
-        runs.setdefault(r["run"], {})[r["language"]] = r["main"]  # of a measurement made twice the last
+        runs.setdefault(r["run"], {})[r["language"]] = r["main"]  # the last one, if measured twice
     return [statistics.mean(x.values()) for x in runs.values()]
 
 
@@ -65,58 +69,59 @@ def over_runs(results: list[dict], digits: int = 2) -> str:
 
 
 def in_order(names: set[str]) -> list[str]:
-    """The rows of the paper as it has them, then the others by name."""
+    """The rows of the paper in its order, then the others by name."""
     return [name for name in ROWS if name in names] + sorted(names - set(ROWS))
 
 
-def pair_saved(results: list[dict], of: dict) -> str:
-    """The share of FLOPs that both models in a result's history take less than each from scratch."""
+def pair_saved(results: list[dict], result: dict) -> str:
+    """The share of FLOPs that the two models in a result's history save against the two from scratch."""
     scratch = {r["row"]: r["flops"] for r in results if r["row"] in ("roberta-12e", "bart-12e12d")}
-    share = saved(of["history"], sum(scratch.values()) if len(scratch) == 2 else 0.0)
+    share = saved(result["history"], sum(scratch.values()) if len(scratch) == 2 else 0.0)
     return "-" if share is None else f"{share:.1%}"
 
 
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    lines_ = [f"| {' | '.join(row)} |" for row in (head, *rows)]
+    return "\n".join([lines_[0], "|---" * len(head) + "|", *lines_[1:]]) + "\n"
+
+
 def task_table(results: list[dict], kind: str, tasks: list[str]) -> str:
-    """Markdown: a line a model; its cost and held-out loss; for each task the mean over the languages but the training
-    one, and that one's.
-    """
-    mine = [r for r in results if r["task"] in tasks or (r["task"] == "loss" and r["kind"] == kind)]
-    seen = [task for task in tasks if any(r["task"] == task for r in mine)]
-    head = [f"{task}, {METRICS[task][0]}: others | {task}: trained" for task in seen]
-    head = ["model", "FLOPs", "pair saved", "held-out loss, nats", *head]
-    out = [f"| {' | '.join(head)} |", "|---" * (4 + 2 * len(seen)) + "|"]
-    for name in in_order({r["row"] for r in mine}):
-        of = [r for r in mine if r["row"] == name]
-        loss = over_runs([r for r in of if r["task"] == "loss"], 3)
-        cells = [name, f"{of[0]['flops']:.2e}", pair_saved(results, of[0]), loss]
-        for task in seen:
-            for others in (True, False):
-                cells.append(
-                    over_runs([r for r in of if r["task"] == task and (r["language"] != r["train_lang"]) == others])
-                )
-        out.append(f"| {' | '.join(cells)} |")
-    return "\n".join(out) + "\n"
+    """A line a model: cost, held-out loss, and for each task the mean over the other languages and the training one."""
+    chosen = [r for r in results if r["task"] in tasks or (r["task"] == "loss" and r["kind"] == kind)]
+    seen = [task for task in tasks if any(r["task"] == task for r in chosen)]
+    columns = [(task, others) for task in seen for others in (True, False)]
+    head = [f"{task}: trained" if not others else f"{task}, {METRICS[task][0]}: others" for task, others in columns]
+    rows = []
+    for name in in_order({r["row"] for r in chosen}):
+        model = [r for r in chosen if r["row"] == name]
+        cells = [name, f"{model[0]['flops']:.2e}", pair_saved(results, model[0])]
+        cells.append(over_runs([r for r in model if r["task"] == "loss"], 3))
+        for task, others in columns:
+            scored = [r for r in model if r["task"] == task and (r["language"] != r["train_lang"]) == others]
+            cells.append(over_runs(scored))
+        rows.append(cells)
+    return markdown(["model", "FLOPs", "pair saved", "held-out loss, nats", *head], rows)
 
 
 def loss_table(results: list[dict], kind: str) -> str:
-    """Markdown: the held-out losses of each model of a kind in each language; "" where there is one language."""
-    mine = [r for r in results if r["task"] == "loss" and r["kind"] == kind]
-    languages = sorted({r["language"] for r in mine})
+    """The held-out losses of each model of a kind in each language; "" where there is one language."""
+    chosen = [r for r in results if r["task"] == "loss" and r["kind"] == kind]
+    languages = sorted({r["language"] for r in chosen})
     if len(languages) < 2:
         return ""
-    out = [f"| nats | {' | '.join(languages)} | mean |", "|---" * (2 + len(languages)) + "|"]
-    entropy = {r["language"]: r.get("unigram_entropy") for r in mine}
+    rows, entropy = [], {r["language"]: r.get("unigram_entropy") for r in chosen}
     if all(entropy.values()):
-        cells = [f"{x:.2f}" for x in (*(entropy[x] for x in languages), statistics.mean(entropy.values()))]
-        out.append(f"| unigram entropy | {' | '.join(cells)} |")
-    for name in in_order({r["row"] for r in mine}):
-        of = [r for r in mine if r["row"] == name]
-        cells = [over_runs([r for r in of if r["language"] == language]) for language in languages]
-        out.append(f"| {' | '.join([name, *cells, over_runs(of)])} |")
-    return "\n".join(out) + "\n"
+        values = (*(entropy[x] for x in languages), statistics.mean(entropy.values()))
+        rows.append(["unigram entropy", *(f"{x:.2f}" for x in values)])
+    for name in in_order({r["row"] for r in chosen}):
+        model = [r for r in chosen if r["row"] == name]
+        by_language = [over_runs([r for r in model if r["language"] == language]) for language in languages]
+        rows.append([name, *by_language, over_runs(model)])
+    return markdown(["nats", *languages, "mean"], rows)
 
 
-SWEEP = ("2stage-bart-12e12d", "2stage-bart-12e12d-unfrz", "unfreeze-at-")  # rows that differ in --unfreeze-at alone
+SWEEP = ("2stage-bart-12e12d", "2stage-bart-12e12d-unfrz", "unfreeze-at-")  # rows that differ only in --unfreeze-at
 
 
 def sweep(results: list[dict]) -> dict[float, dict[str, list[dict]]]:
@@ -152,21 +157,19 @@ def from_scratch(results: list[dict], points: dict[float, dict[str, list[dict]]]
 
 
 def sweep_table(results: list[dict], points: dict[float, dict[str, list[dict]]]) -> str:
-    """Markdown: a line a point of unfreezing: loss, generation scores, compute."""
+    """A line a point of unfreezing: loss, generation scores, compute."""
     tasks = [task for task in GENERATION if any(task in by_task for by_task in points.values())]
     head = ["`--unfreeze-at`", "held-out loss, nats", *(f"{task}, {METRICS[task][0]}" for task in tasks)]
-    head += ["FLOPs", "pair saved"]
-    out = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for at, by_task in points.items():
-        scores = [over_runs(by_task.get(task, [])) for task in tasks]
-        one = by_task["loss"][0]
-        cells = [f"{at:g}", over_runs(by_task["loss"], 3), *scores, f"{one['flops']:.2e}", pair_saved(results, one)]
-        out.append(f"| {' | '.join(cells)} |")
-    return "\n".join(out) + "\n"
+    rows = []
+    for share, by_task in points.items():
+        scores, one = [over_runs(by_task.get(task, [])) for task in tasks], by_task["loss"][0]
+        loss = over_runs(by_task["loss"], 3)
+        rows.append([f"{share:g}", loss, *scores, f"{one['flops']:.2e}", pair_saved(results, one)])
+    return markdown([*head, "FLOPs", "pair saved"], rows)
 
 
 def tables(results: list[dict]) -> str:
-    """Markdown: the paper's two tables, held-out losses by language, the sweep of --unfreeze-at; of what is there."""
+    """Markdown of what is there: the paper's two tables, held-out losses by language, the sweep of --unfreeze-at."""
     text = ""
     for kind, names in (("encoder", [task for task in METRICS if task not in GENERATION]), ("seq2seq", [*GENERATION])):
         if any(r["task"] in names or (r["task"] == "loss" and r["kind"] == kind) for r in results):
@@ -180,23 +183,6 @@ def tables(results: list[dict]) -> str:
         seeds = " and ".join(map(str, sorted(seeds_of(points))))
         text += f"\n# When to unfreeze (seed {seeds} of pre-training)\n\n{sweep_table(results, points)}"
     return text
-
-
-def report(paths: list[Path], out: Path) -> None:
-    """Writes tables.md and, where matplotlib is installed, figures, in place of those of an earlier report.
-
-    Raises InputError where it cannot.
-    """
-    results = read_results(paths)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "tables.md").write_text(tables(results), "utf-8")
-        figures = [plot_scores(results, out), plot_losses(results, out), plot_sweep(results, out)]
-        print(f"{out}: {', '.join(['tables.md', *filter(None, figures)])}")
-    except ImportError:
-        print(f"{out / 'tables.md'} written; for figures: pip install matplotlib")
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror}); name another --report") from None
 
 
 def plot_scores(results: list[dict], out: Path) -> str:
@@ -292,3 +278,22 @@ def plot_sweep(results: list[dict], out: Path) -> str:
     right.set_ylabel("FLOPs of both stages (dotted)")
     figure.savefig(out / "unfreeze-at.png", dpi=120)
     return "unfreeze-at.png"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", help="JSON lines files written by eval.py --out")
+    parser.add_argument("--out", type=Path, default=Path("REPORT"), help="folder to write (default %(default)s)")
+    args = parser.parse_args()
+    results = read_results(args.results)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "tables.md").write_text(tables(results), "utf-8")
+    try:
+        figures = [plot(results, args.out) for plot in (plot_scores, plot_losses, plot_sweep)]
+        print(f"{args.out}: {', '.join(['tables.md', *filter(None, figures)])}")
+    except ImportError:
+        print(f"{args.out / 'tables.md'} written; for figures: pip install matplotlib")
+
+
+if __name__ == "__main__":
+    run_command(main)

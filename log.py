@@ -1,0 +1,102 @@
+"""The log of a run: the progress bar, metrics.jsonl, and the lock on the run's folder."""
+
+import fcntl
+import json
+import math
+from pathlib import Path
+
+from tqdm import tqdm
+
+from cli import InputError, rank, say
+from config import Run
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl, without one that a killed run left half written. InputError for another file."""
+    try:
+        lines = path.read_text("utf-8").splitlines(keepends=True)
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        if not all(isinstance(row["step"], int) for row in rows):
+            raise ValueError
+        return rows
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path}: not the log of a run; remove it, its checkpoints do not need it") from None
+
+
+class Log:
+    """Progress bar and metrics.jsonl of rank 0; a resumed run drops the lines that came after its checkpoint.
+
+    Locks the run's folder, so that no two runs write there. Raises InputError where one does already.
+    """
+
+    def __init__(self, run: Run):
+        self.run, self.path = run, run.folder / "metrics.jsonl"
+        self.entropy = sum(map(run.data.unigram_entropy, run.data.languages)) / len(run.data.languages)
+        self.means: dict[int, float] = {}  # updates done -> held-out loss
+        self.lock = self._open() if rank() == 0 else None
+        done = run.state["spent"]["steps"] if run.state else 0
+        self.bar = tqdm(total=run.train.steps, initial=done, desc=run.out.name, disable=None if rank() == 0 else True)
+
+    def _open(self) -> object:
+        """Locks the folder, prepares the log, and returns the lock, which ends with the process however that ends."""
+        folder, state = self.run.folder, self.run.state
+        folder.mkdir(exist_ok=True)
+        lock = open(folder / "lock", "w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise InputError(f"{folder}: another run writes there; wait, or give another --out") from None
+        for part in folder.glob("*.part"):  # of a save that was cut short
+            part.unlink()
+        if state is None and self.path.exists():  # of a run whose checkpoints are gone
+            self.path.rename(folder / f"metrics-{len(list(folder.glob('metrics*')))}.jsonl")
+        done = state["spent"]["steps"] if state else 0
+        old = read_metrics(self.path) if state and self.path.exists() else []
+        # The loss of step n belongs to the update after checkpoint n, a held-out loss to the one before it.
+        kept = [line for line in old if line["step"] < done + ("held_out" in line)]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.means = {line["step"]: line["mean"] for line in kept if "held_out" in line}
+        return lock
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        if self.lock:
+            self.lock.close()
+
+    def _write(self, **values: object) -> None:
+        if rank() == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(values) + "\n")
+
+    def step(self, step: int, loss: float, norm: float, lr: float, speed: float) -> None:
+        """One update: loss in nats, gradient norm, AdamW's rate, tokens a second."""
+        self.bar.set_postfix_str(f"loss {loss:.3f}, norm {norm:.2f}, lr {lr:.1e}, {speed:,.0f} tokens/s")
+        self.bar.update()
+        if step % self.run.train.log_every == 0:
+            self._write(step=step, loss=loss, grad_norm=norm, lr=lr, tokens_per_second=speed)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            say(f"step {step}: loss {loss}, gradient norm {norm}; skipped, the weights stay as they are")
+
+    def losses(self, done: int, losses: dict[str, float]) -> None:
+        """Held-out losses in nats, by language, after so many updates."""
+        self.means[done] = mean = sum(losses.values()) / len(losses)
+        self._write(step=done, held_out=losses, mean=mean)
+        at_the_start = "" if done else f", ln V = {math.log(self.run.model.vocab_size):.3f}"
+        say(f"step {done}: held-out loss {mean:.3f}{at_the_start}")
+
+    def summary(self) -> str:
+        """What the run achieved, beside the loss of a model that knows the frequency of each piece and no context."""
+        means = list(self.means.values())
+        return f"held-out loss {means[0]:.2f} before, {means[-1]:.2f} after; of single pieces {self.entropy:.2f}"
+
+    def not_finite(self, steps: list[int]) -> str:
+        """Writes down the samples of these steps; returns what to tell the user."""
+        size, path = self.run.train.batch_size, self.run.folder / "not-finite.json"
+        samples = {step: list(range(step * size, (step + 1) * size)) for step in steps}
+        if rank() == 0:
+            path.write_text(json.dumps({"seed": self.run.train.seed, "samples": samples}) + "\n")
+        return f"{self.run.out}: loss or gradients not finite in steps {steps}; samples in {path}; lower --lr"

@@ -1,0 +1,77 @@
+"""What an update does to the weights: Muon and AdamW, the learning rate of each step, and which weights are frozen."""
+
+import torch
+from torch import Tensor, nn
+
+from config import TrainConfig
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update, a matrix, is made nearly orthogonal (Jordan et al. 2024): `torch.optim.Muon`.
+
+    torch's always iterates in bf16, ours in `dtype`: a CPU without bf16 instructions is 40 times slower with it.
+    """
+
+    def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float, dtype: torch.dtype):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay))
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update of every matrix that has a gradient."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                    momentum.lerp_(p.grad, 0.05)
+                    update = orthogonal(p.grad.lerp(momentum, 0.95).to(self.dtype))  # Nesterov momentum
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+
+
+def orthogonal(x: Tensor) -> Tensor:  # [N, M] -> [N, M]
+    """Five Newton-Schulz steps with the coefficients of Jordan et al.: all singular values move to 0.7 ... 1.2."""
+    wide = x if x.shape[0] <= x.shape[1] else x.T
+    wide = wide / wide.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = wide @ wide.T
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), wide, beta=3.4445)
+    return wide if x.shape[0] <= x.shape[1] else wide.T
+
+
+def make_optimizers(model: nn.Module, cfg: TrainConfig, muon_dtype: torch.dtype) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the matrices of the blocks and AdamW for the rest.
+
+    All parameters are there from step 0: a frozen one has no gradient and is skipped. Only matrices decay. The
+    embedding has a rate of its own, because most of its rows get a gradient from few tokens of a batch.
+    AlexaTM 20B: Adam, weight decay 0.1; betas, eps, clipping and rates are ours.
+    """
+    muon = {n: p for n, p in model.named_parameters() if cfg.optimizer == "muon" and ".blocks." in n and p.ndim == 2}
+    rest = {n: p for n, p in model.named_parameters() if n not in muon and n != "embed.weight"}
+    groups = [
+        {"params": [model.embed.weight], "lr": cfg.embed_lr, "weight_decay": cfg.weight_decay},
+        {"params": [p for p in rest.values() if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in rest.values() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, cfg.lr, (0.9, 0.98), eps=1e-6, fused=True)]
+    if muon:
+        optimizers.append(Muon(list(muon.values()), cfg.muon_lr, cfg.weight_decay, muon_dtype))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
+
+
+def rate(step: int, cfg: TrainConfig) -> float:
+    """Learning rate of a step as a share of its peak: a linear rise, then a linear fall to 5 % at the last step."""
+    rise = cfg.warmup * cfg.steps
+    if step < rise:
+        return (step + 1) / (rise + 1)
+    return 1 - 0.95 * (step - rise) / max(1, cfg.steps - 1 - rise)
+
+
+def freeze_encoder(model: nn.Module, frozen: bool) -> None:
+    """A frozen encoder, with the shared embedding, gets no gradient and no dropout: it stays what it was."""
+    for part in (model.embed, model.encoder):
+        part.requires_grad_(not frozen)
+        part.train(not frozen)
