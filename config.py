@@ -32,8 +32,12 @@ class TrainConfig:
     optimizer: str = flag(
         "muon", "muon for the matrices of the blocks and adamw for the rest, or adamw", choices=("muon", "adamw")
     )
-    warmup: float = flag(
-        0.02, "share of the steps in which the rate rises from 0; it then falls to 5 % of the peak", least=0, most=1
+    warmup: float = flag(0.02, "share of the steps in which the learning rate rises from 0", least=0, most=1)
+    schedule: str = flag(
+        "linear",
+        "the rate then falls to 5 % of its peak: at once, or (wsd) in the last fifth of the steps only, for a run that "
+        "may be extended",
+        choices=("linear", "wsd"),
     )
     weight_decay: float = flag(0.1, "decoupled weight decay, of matrices only", least=0)
     alpha: float = flag(0.5, "languages are sampled in proportion to tokens ** alpha", least=0, most=1)
@@ -52,9 +56,15 @@ class TrainConfig:
     compile: bool = flag(False, "compile the layers: slower to start, faster after that")
     workers: int = flag(0, "processes that prepare the rows of each training process, 0: it does so itself", least=0)
     timeout: int = flag(600, "seconds until a process that does not answer the others ends the run", least=1)
+    first_steps: int = 0  # of an extended run: --steps as it began. Shares of the steps still refer to this number.
 
     def __post_init__(self) -> None:
         check_bounds(self)
+
+    @property
+    def begun_steps(self) -> int:
+        """The steps that --warmup and --unfreeze-at are shares of: those the run began with."""
+        return self.first_steps or self.steps
 
 
 # Settings that may change when a run is resumed. They affect the result by rounding only, and dropout's random numbers.
@@ -96,7 +106,7 @@ def flag_fields(kind: str, configs: list[type]) -> Iterator[tuple[type, Field]]:
     """The fields of the configs that are flags of this kind of run, each with its config."""
     for config in configs:
         for f in fields(config):
-            if f.default is not MISSING and not (kind == "encoder" and f.metadata.get("decoder_only")):
+            if "help" in f.metadata and not (kind == "encoder" and f.metadata.get("decoder_only")):
                 yield config, f
 
 
@@ -109,7 +119,7 @@ def parse_flags(description: str, kind: str, objective: type) -> dict:
     out = Path({"encoder": "enc.pt", "seq2seq": "seq2seq.pt"}[kind])
     parser.add_argument("--out", type=Path, default=out, help="checkpoint to write (default %(default)s)")
     parser.add_argument("--init", help="encoder checkpoint to start from; it sets the model's shape")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of --out")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of --out, if any")
     parser.add_argument("--preset", choices=PRESETS, help="model size (default micro); flags below change parts of it")
     groups = {c: parser.add_argument_group(c.__name__) for c in (TrainConfig, ModelConfig, objective)}
     for config, f in flag_fields(kind, list(groups)):
@@ -139,9 +149,11 @@ def make_run(kind: str, flags: dict, objective: type) -> Run:
         preset = preset | {"n_decoder_layers": 0}
     newest = max(run_checkpoints(out.with_suffix(".run")), default=None)
     init, state = None, None
-    if resume:
+    if resume and newest:
         state, settings = _resumed(kind, out, newest, preset, flags)
     else:
+        if resume:
+            say(f"{out.with_suffix('.run')}: nothing to resume, a new run starts")
         init, settings = _fresh(kind, out, newest, preset, flags)
     configs = [TrainConfig, ModelConfig, objective]
     settings = {f.name: f.default for c in configs for f in fields(c) if f.default is not MISSING} | settings
@@ -163,13 +175,14 @@ def make_run(kind: str, flags: dict, objective: type) -> Run:
     return Run(kind, out, settings, train, model, build(objective, settings), data, init, state)
 
 
-def _resumed(kind: str, out: Path, newest: Path | None, preset: dict, flags: dict) -> tuple[dict, dict]:
+def _resumed(kind: str, out: Path, newest: Path, preset: dict, flags: dict) -> tuple[dict, dict]:
     """The newest checkpoint of a run and its settings, with the flags that may change. Any other flag must agree."""
-    if newest is None:
-        raise InputError(f"{out.with_suffix('.run')}: nothing to resume; start without --resume")
     state = load_checkpoint(newest, kind)
-    stored = state["config"] | state["settings"]
-    if out.exists() and state["spent"]["steps"] < stored["steps"]:
+    stored, more = state["config"] | state["settings"], {}
+    if flags.get("steps", 0) > stored["steps"]:
+        more = {"steps": flags.pop("steps"), "first_steps": stored.get("first_steps") or stored["steps"]}
+        say(f"{out}: {stored['steps']:,} steps become {more['steps']:,}; the learning rate follows the longer schedule")
+    if out.exists() and state["spent"]["steps"] < stored["steps"] and not stored.get("first_steps"):
         raise InputError(f"{out}: exists but is not the result of this run, which is unfinished; move it away")
     if stored["init"]:
         preset = {name: value for name, value in preset.items() if name != "dropout"}  # the encoder's was kept
@@ -178,7 +191,7 @@ def _resumed(kind: str, out: Path, newest: Path | None, preset: dict, flags: dic
         if name not in FREE_ON_RESUME and stored.get(name) != value and not is_default:
             remedy = "leave the flag out, or start a new run under another --out"
             raise InputError(f"{flag_name(name)} {value}: {newest} was started with {stored.get(name)}; {remedy}")
-    return state, stored | {name: value for name, value in flags.items() if name in FREE_ON_RESUME}
+    return state, stored | {name: value for name, value in flags.items() if name in FREE_ON_RESUME} | more
 
 
 def _fresh(kind: str, out: Path, newest: Path | None, preset: dict, flags: dict) -> tuple[dict | None, dict]:

@@ -47,6 +47,8 @@ class Log:
         except BlockingIOError:
             lock.close()
             raise InputError(f"{folder}: another run writes there; wait, or give another --out") from None
+        except OSError as error:  # network file systems that cannot lock
+            say(f"{folder}: cannot be locked ({error.strerror}); let no other run write there")
         for part in folder.glob("*.part"):  # of a save that was cut short
             part.unlink()
         if state is None and self.path.exists():  # of a run whose checkpoints are gone

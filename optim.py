@@ -63,11 +63,15 @@ def make_optimizers(model: nn.Module, cfg: TrainConfig, muon_dtype: torch.dtype)
 
 
 def rate(step: int, cfg: TrainConfig) -> float:
-    """Learning rate of a step as a share of its peak: a linear rise, then a linear fall to 5 % at the last step."""
-    rise = cfg.warmup * cfg.steps
+    """Learning rate of a step as a share of its peak: a linear rise, then a linear fall to 5 % at the last step.
+
+    With the schedule wsd (warmup, stable, decay: Hu et al. 2024) the fall begins at 80 % of the steps.
+    """
+    rise = cfg.warmup * cfg.begun_steps
     if step < rise:
         return (step + 1) / (rise + 1)
-    return 1 - 0.95 * (step - rise) / max(1, cfg.steps - 1 - rise)
+    fall = max(rise, 0.8 * cfg.steps) if cfg.schedule == "wsd" else rise
+    return 1 - 0.95 * max(0, step - fall) / max(1, cfg.steps - 1 - fall)
 
 
 def freeze_encoder(model: nn.Module, frozen: bool) -> None:

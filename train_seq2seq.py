@@ -71,7 +71,7 @@ def decoder_from_encoder(weights: dict[str, Tensor], cfg: ModelConfig) -> dict[s
 
 def main() -> None:
     run = trainer.start(__doc__, "seq2seq", DenoiseConfig)
-    cfg, steps = run.objective, run.train.steps
+    cfg = run.objective
     needs_encoder = {"--unfreeze-at": cfg.unfreeze_at, "--init-decoder": cfg.init_decoder, "--fusion": run.model.fusion}
     for name, given in needs_encoder.items():
         if given and not run.settings["init"]:
@@ -83,8 +83,9 @@ def main() -> None:
     if run.init and cfg.init_decoder:
         run.init["weights"] |= decoder_from_encoder(run.init["weights"], run.model)
     objective = seq2seq_objective(run.data.ids, cfg)
-    thaw = round(cfg.unfreeze_at * steps, 6)  # 0.55 * 100 is slightly more than 55 in floating point
-    trainer.fit(run, trainer.new_model(run), objective, frozen=lambda step: step < thaw)
+    thaw = round(cfg.unfreeze_at * run.train.begun_steps, 6)  # 0.55 * 100 is slightly more than 55 in floating point
+    frozen = lambda step: step < thaw or cfg.unfreeze_at == 1  # also where the run was extended
+    trainer.fit(run, trainer.new_model(run), objective, frozen)
 
 
 if __name__ == "__main__":

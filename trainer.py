@@ -280,15 +280,20 @@ def held_out_loss(
 def fit(run: Run, model: nn.Module, objective: Objective, frozen: Callable[[int], bool] = lambda step: False) -> None:
     """Trains the model by the run's settings and writes its checkpoint; `frozen(step)` freezes the encoder.
 
-    SIGTERM and SIGUSR1 end it after the next whole update, with a checkpoint to resume from. Raises InputError when
-    the run cannot go on: another run writes there, the loss is no longer a number, another process is gone.
+    SIGTERM, SIGUSR1 and the end of torchrun end it after the next whole update, with a checkpoint to resume from.
+    Raises InputError when the run cannot go on: another run writes there, the loss is no longer a number, another
+    process is gone.
     """
     if run.train.batch_size % world():
         raise InputError(f"--batch-size {run.train.batch_size}: not a multiple of the {world()} processes; change it")
     for language in run.data.languages:
         run.data.n_valid_rows(language)  # better now than after days of training
-    told_to_stop: list[int] = []
-    before = {number: signal.signal(number, lambda n, _: told_to_stop.append(n)) for number in STOP_SIGNALS}
+    signals, parent, under_torchrun = [], os.getppid(), "TORCHELASTIC_RUN_ID" in os.environ
+    before = {number: signal.signal(number, lambda n, _: signals.append(n)) for number in STOP_SIGNALS}
+
+    def told_to_stop() -> bool:  # torchrun dies of a signal that it does not expect, and its workers live on
+        return bool(signals) or (under_torchrun and os.getppid() != parent)
+
     try:
         with Log(run) as log:
             Training(run, model, objective, frozen, log, told_to_stop).loop()
@@ -316,7 +321,7 @@ class Training:
         objective: Objective,
         frozen: Callable[[int], bool],
         log: Log,
-        told_to_stop: list[int],
+        told_to_stop: Callable[[], bool],
     ):
         self.run, self.model, self.objective, self.frozen = run, model, objective, frozen
         self.log, self.told_to_stop = log, told_to_stop
@@ -369,12 +374,18 @@ class Training:
             if done % cfg.save_every == 0 or done == cfg.steps or stop:
                 self.save()
             if stop and done < cfg.steps:
-                say(f"{run.out}: stopped by a signal after {done} steps, all saved; continue with --resume")
+                say(f"{run.out}: stopped after {done} steps, all saved; continue with --resume")
                 return
             began = time.perf_counter()
         if cfg.steps == 0 and not run.state:
             self.save()
-        self.finish()
+        done_before = run.out.exists() and run.state and run.state["spent"]["steps"] == cfg.steps
+        if dist.is_initialized():
+            dist.barrier()  # every process must have looked before one writes
+        if done_before:
+            say(f"{run.out}: done already, after {cfg.steps} steps")
+        else:
+            self.finish()
 
     def update(self, wrapped: nn.Module, examples: list[Example], step: int) -> tuple[float, float, bool]:
         """One update from this process's examples: mean loss in nats and gradient norm of the global batch, and
@@ -400,7 +411,7 @@ class Training:
         norm = nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)
         norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         loss_sum, flops, thawed_flops, stops = _sum_over_ranks(
-            [loss.item(), flops, thawed_flops, float(bool(self.told_to_stop))]
+            [loss.item(), flops, thawed_flops, float(self.told_to_stop())]
         )
         self.spent["flops"] += flops
         self.spent["thawed_flops"] += thawed_flops
@@ -437,11 +448,6 @@ class Training:
     def finish(self) -> None:
         """Writes the result and says what it cost and achieved."""
         run, spent, steps = self.run, self.spent, self.run.train.steps
-        if run.out.exists():
-            say(f"{run.out}: done already, after {steps} steps")
-            return
-        if dist.is_initialized():
-            dist.barrier()  # every process must have seen that there was no file
         save_checkpoint(run.out, self.checkpoint())
         cost = f"{spent['tokens']:,} tokens, {spent['flops']:.3g} FLOPs, {spent['seconds']:.0f} s of training"
         say(f"{run.out}: {steps} steps, {cost}" + (f", {spent['skipped']} skipped" if spent["skipped"] else ""))

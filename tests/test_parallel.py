@@ -225,9 +225,7 @@ def test_resumed_by_any_number_of_processes_and_either_wrapper(encoder, launch, 
         assert done.returncode == 0, done.stderr
         if fault:
             after = int(fault.split()[1]) + 2  # it comes in one update, and is seen in the next
-            assert (
-                f"parts.pt: stopped by a signal after {after} steps, all saved; continue with --resume" in done.stdout
-            )
+            assert f"parts.pt: stopped after {after} steps, all saved; continue with --resume" in done.stdout
             assert not (tmp_path / "parts.pt").exists()
             assert [path.name for path in trainer.run_checkpoints(tmp_path / "parts.run")] == [f"{after:09d}.pt"]
     whole, parts = (load_checkpoint(tmp_path / f"{name}.pt") for name in ("whole", "parts"))
@@ -310,7 +308,7 @@ def test_a_signal_to_the_whole_group_lets_the_last_update_have_its_rows(data_dir
         time.sleep(0.05)
     os.killpg(run.pid, signal.SIGTERM)
     said, _ = run.communicate(timeout=60)
-    steps = int(re.search(r"stopped by a signal after (\d+) steps, all saved", said)[1])
+    steps = int(re.search(r"stopped after (\d+) steps, all saved", said)[1])
     assert run.returncode == 0 and trainer.run_checkpoints(tmp_path / "enc.run")[-1].stem == f"{steps:09d}"
 
 
@@ -369,3 +367,24 @@ def test_killed_at_random_instants_and_resumed(tmp_path):
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(": 2 kills (") == 4 and done.stdout.count("weights off by 0 ") >= 2, done.stdout
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL])
+def test_workers_do_not_outlive_torchrun(data_dir, tmp_path, sent):
+    """torchrun passes SIGTERM on and dies of the other two: its workers then save and end by themselves."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    flags = ["--data", data_dir, *SMALL, *ROWS, "--steps", 10**6, "--log-every", 1]
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    with open(tmp_path / "said", "w") as said:
+        line = [*launch, ROOT / "train_encoder.py", *flags]
+        agent = subprocess.Popen([*map(str, line)], cwd=tmp_path, env=environment, stdout=said, stderr=said)
+    log = tmp_path / "enc.run" / "metrics.jsonl"
+    while agent.poll() is None and not (log.exists() and log.read_text().count("\n") > 5):
+        time.sleep(0.05)
+    agent.send_signal(sent)
+    agent.wait(timeout=60)
+    until = time.monotonic() + 60
+    while not (found := re.search(r"stopped after (\d+) steps, all saved", (tmp_path / "said").read_text())):
+        assert time.monotonic() < until, (tmp_path / "said").read_text()
+        time.sleep(0.05)
+    assert trainer.run_checkpoints(tmp_path / "enc.run")[-1].stem == f"{int(found[1]):09d}"

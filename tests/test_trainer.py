@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, ROWS, SMALL
 from torch.utils.flop_counter import FlopCounterMode
 
+import eval as evaluation
 import extract
 import train_encoder
 import train_seq2seq
@@ -387,7 +388,6 @@ def test_held_out_loss_is_the_mean_over_targets(data_dir):
         (train_encoder, ["--max-len", 16], "--seq-len 64: the model has 16 positions"),
         (train_encoder, ["--out", "no/where.pt"], "no: no such folder"),
         (train_encoder, ["--out", "enc.run"], "--out enc.run: name it something.pt"),
-        (train_encoder, ["--resume"], "nothing to resume"),
         (train_encoder, ["--init", "nowhere.pt"], "nowhere.pt: no such file; run the command that writes it first"),
         (train_seq2seq, ["--unfreeze-at", 0.5], "--unfreeze-at: there is no trained encoder to work with"),
         (train_seq2seq, ["--fusion"], "--fusion: there is no trained encoder to work with; give one with --init"),
@@ -509,7 +509,7 @@ def test_a_run_lets_go_of_the_checkpoints_it_started_from(command, data_dir, enc
     assert "weights" not in runs[0].init and not {"weights", "optimizers"} & runs[1].state.keys()
 
 
-@pytest.mark.parametrize("flags", [["--steps", 9], ["--preset", "tiny"], ["--seed", 1], ["--init", "x.pt"]])
+@pytest.mark.parametrize("flags", [["--steps", 2], ["--preset", "tiny"], ["--seed", 1], ["--init", "x.pt"]])
 def test_resume_with_a_contradicting_flag_is_refused(command, data_dir, encoder, flags):
     with pytest.raises(InputError, match="was started with .*; leave the flag out"):
         command(train_encoder, "--resume", *flags)
@@ -527,6 +527,40 @@ def test_the_command_that_began_a_run_resumes_it(command, data_dir, monkeypatch,
     command(train_seq2seq, *flags, "--init", "enc.pt", "--out", "two.pt", "--resume")
     settings = load_checkpoint(tmp_path / "two.pt")["history"][-1]["settings"]
     assert settings["dropout"] == 0 and settings["n_decoder_layers"] == 6
+
+
+@pytest.mark.parametrize("schedule", ["linear", "wsd"])
+def test_the_same_command_starts_continues_and_extends_a_run(command, data_dir, encoder, tmp_path, capsys, schedule):
+    """Stopped, started again and, at its end, extended: the weights of the run that nothing disturbed."""
+    flags = ["--data", data_dir, *ROWS, "--init", "enc.pt", "--unfreeze-at", 0.5, "--schedule", schedule, "--resume"]
+    for steps in (6, 10):
+        command(train_seq2seq, *flags, "--steps", steps, "--out", "whole.pt")
+    stop = lambda log, step, *_: os.kill(os.getpid(), signal.SIGTERM) if step in (1, 7) else None
+    for steps in (6, 6, 10, 10):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trainer.Log, "step", stop)
+            command(train_seq2seq, *flags, "--steps", steps, "--out", "parts.pt")
+    printed = capsys.readouterr().out
+    assert "parts.run: nothing to resume, a new run starts" in printed and "parts.pt: 6 steps become 10" in printed
+    assert printed.count("parts.pt: stopped after") == 2
+    assert same(weights(tmp_path / "parts.pt"), weights(tmp_path / "whole.pt"))
+    history = load_checkpoint(tmp_path / "parts.pt")["history"]
+    assert [stage["steps"] for stage in history] == [3, 10]
+    with pytest.raises(InputError, match="--steps 6: .* was started with 10"):
+        command(train_seq2seq, *flags, "--steps", 6, "--out", "parts.pt")
+
+
+def test_shares_of_the_steps_are_of_those_that_a_run_began_with():
+    cfg = TrainConfig(steps=200, first_steps=100, warmup=0.1, schedule="wsd")
+    rates = [rate(step, cfg) for step in range(200)]
+    assert rates.index(1) == 10 and rates[10:161] == [1] * 151 and rates[161] < 1 and rates[-1] == pytest.approx(0.05)
+
+
+def test_a_checkpoint_to_resume_from_can_be_evaluated(command, data_dir, encoder, capsys):
+    command(evaluation, "enc.pt", "--task", "loss")
+    whole = capsys.readouterr().out
+    command(evaluation, "enc.run/000000003.pt", "--task", "loss")
+    assert capsys.readouterr().out == whole
 
 
 def test_resume_on_other_data_is_refused(command, data_dir, encoder, tmp_path):
