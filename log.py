@@ -94,11 +94,3 @@ class Log:
         """What the run achieved, beside the loss of a model that knows the frequency of each piece and no context."""
         means = list(self.means.values())
         return f"held-out loss {means[0]:.2f} before, {means[-1]:.2f} after; of single pieces {self.entropy:.2f}"
-
-    def not_finite(self, steps: list[int]) -> str:
-        """Writes down the samples of these steps; returns what to tell the user."""
-        size, path = self.run.train.batch_size, self.run.folder / "not-finite.json"
-        samples = {step: list(range(step * size, (step + 1) * size)) for step in steps}
-        if rank() == 0:
-            path.write_text(json.dumps({"seed": self.run.train.seed, "samples": samples}) + "\n")
-        return f"{self.run.out}: loss or gradients not finite in steps {steps}; samples in {path}; lower --lr"

@@ -7,7 +7,6 @@ repeats the run that was not interrupted. What belongs to one objective is in tr
     enc.pt                    the result (checkpoint.py)
     enc.run/000000500.pt      a checkpoint to resume from, named by its step; the newest --keep of them
     enc.run/metrics.jsonl     what the progress bar showed, and the held-out losses
-    enc.run/not-finite.json   the samples at which a run stopped because its loss was no longer a number
 """
 
 import contextlib
@@ -366,9 +365,11 @@ class Training:
             for name, value in dict(steps=1, tokens=tokens, seconds=seconds, skipped=int(bool(not_finite))).items():
                 spent[name] += value
             self.log.step(step, loss, norm, cfg.lr * rate(step, cfg), tokens / seconds)
-            if len(not_finite) == MAX_NOT_FINITE:
-                raise InputError(self.log.not_finite(not_finite))
             done = step + 1
+            if len(not_finite) == MAX_NOT_FINITE:
+                first, last = not_finite[0] * cfg.batch_size, done * cfg.batch_size - 1
+                where = f"in steps {not_finite}, samples {first:,} to {last:,}"
+                raise InputError(f"{run.out}: loss or gradients not finite {where}; lower --lr or --muon-lr")
             if done % cfg.eval_every == 0 or done == cfg.steps:
                 self.validate()
             if done % cfg.save_every == 0 or done == cfg.steps or stop:

@@ -2,7 +2,7 @@
 # Every row of the paper's table, the task suite on it, the sweep of --unfreeze-at, and what goes beyond the paper.
 #
 #   recipes/run_all.sh --plan                              # what is left to do, and about how long it takes
-#   recipes/run_all.sh                                     # does it; stopped at any point, the same command goes on
+#   recipes/run_all.sh                                     # does it; stopped at any point, the same command continues
 #   SCALE=mini DATA=DATA TASKS=TASKS recipes/run_all.sh    # TASKS holds udpos ner slots nli parse summ, or some of them
 #   python recipes/report.py runs/mini*/results.jsonl --out OUT   # tables and figures, of what is there
 #

@@ -6,7 +6,7 @@
 #   SCALE=paper DATA=DATA TORCHRUN="torchrun --nproc-per-node 8" recipes/roberta-12e.sh
 #
 # Models go to runs/$SCALE, those of another seed to runs/$SCALE-seed$SEED. Flags of a recipe are handed on to its
-# training command, after its own: --steps 0 writes the initialised model, --resume goes on.
+# training command, after its own: --steps 0 writes the initialised model, --resume continues.
 set -eu
 unset CDPATH # with it, cd prints where it went
 
@@ -18,7 +18,7 @@ demo)
 mini) # 8M tokens a model from scratch
   SHAPE=(--preset tiny --batch-size 32 --seq-len 128 --eval-every 250)
   STEPS=2000 SECOND=1400 MORE=400 ;;
-paper) # 1M tokens a batch, and AdamW alone, one rate for all
+paper) # 1M tokens a batch, and only AdamW, one rate for all
   SHAPE=(--preset paper --batch-size 2048 --micro-batch-size 32 --seq-len 512 --save-every 2000 --eval-every 10000)
   SHAPE+=(--optimizer adamw --lr 5e-4 --embed-lr 5e-4)
   STEPS=500000 SECOND=350000 MORE=100000 ;;
