@@ -7,7 +7,7 @@ from itertools import takewhile
 
 from torch import Tensor
 
-from model import IGNORE, PRESETS, ModelConfig
+from model import PRESETS, ModelConfig
 
 
 def train_flops(cfg: ModelConfig, rows: int, source: int, target: int, projected: int, frozen: bool = False) -> float:
@@ -32,14 +32,15 @@ def train_flops(cfg: ModelConfig, rows: int, source: int, target: int, projected
     return 3 * decoder + encoder + (3 if cfg.fusion else 2) * cross_kv + 2 * projection
 
 
-def batch_flops(cfg: ModelConfig, batch: dict[str, Tensor], frozen: bool = False) -> float:
+def batch_flops(cfg: ModelConfig, batch: dict[str, Tensor], n_targets: int, frozen: bool = False) -> float:
     """train_flops of a collated batch, padding included.
 
-    A decoder projects every position, an MLM encoder only those that carry a label.
+    A decoder projects every position, an MLM encoder only its n_targets labelled ones. (They are not counted here: on
+    a GPU that would wait for the batch.)
     """
     rows, source = batch["src"].shape
     if "labels" in batch:
-        return train_flops(cfg, rows, source, 0, int((batch["labels"] != IGNORE).sum()))
+        return train_flops(cfg, rows, source, 0, n_targets)
     target = batch["tgt_in"].shape[1]
     return train_flops(cfg, rows, source, target, rows * target, frozen)
 

@@ -124,9 +124,10 @@ def start_processes(timeout: int) -> None:
 
 
 def _sum_over_ranks(values: list[float]) -> list[float]:
+    if not dist.is_initialized():
+        return values
     total = torch.tensor(values, dtype=torch.float64, device=device())
-    if dist.is_initialized():
-        dist.all_reduce(total)
+    dist.all_reduce(total)
     return total.tolist()
 
 
@@ -200,7 +201,9 @@ def collate(examples: list[Example], pad: int) -> dict[str, Tensor]:
         if name == "src" and min(len(row) for row in rows) < longest:
             lengths = torch.tensor([len(row) for row in rows])
             batch["src_mask"] = torch.arange(longest) < lengths[:, None]  # [B, S]
-    return {name: x.to(device()) for name, x in batch.items()}
+    if device().type == "cuda":  # from pinned memory a copy does not hold the GPU up
+        return {name: x.pin_memory().to(device(), non_blocking=True) for name, x in batch.items()}
+    return batch
 
 
 def n_targets(examples: list[Example]) -> int:
@@ -401,9 +404,10 @@ class Training:
         micro = cfg.micro_batch_size or len(examples)
         loss, flops, thawed_flops = torch.zeros((), device=device()), 0.0, 0.0
         for first in range(0, len(examples), micro):
-            batch = collate(examples[first : first + micro], run.data.ids.pad)
-            flops += batch_flops(run.model, batch, self.frozen(step))
-            thawed_flops += batch_flops(run.model, batch)
+            rows = examples[first : first + micro]
+            batch, labelled = collate(rows, run.data.ids.pad), n_targets(rows)
+            flops += batch_flops(run.model, batch, labelled, self.frozen(step))
+            thawed_flops += batch_flops(run.model, batch, labelled)
             with _gradients(wrapped, summed=first + micro >= len(examples)):
                 with autocast(cfg.dtype):
                     part = wrapped(**batch)

@@ -242,7 +242,7 @@ def training(task: str, rounds: int, **more) -> None:
         before = matmul_rate(dtype)
         found = take_turns([o | {"who": x} for x in who], rounds, 3 if o["preset"] == "tiny" else 1)
         peak = max(before, matmul_rate(dtype))  # a moment in which the machine was busy elsewhere makes it too low
-        flops = batch_flops(model_config(o), batch_of(o)[0])
+        flops = batch_flops(model_config(o), *batch_of(o))
         print(
             f"{task}, {o['preset']}, {dtype}{', compiled' * o['compile']}: ours does {flops / found[0][0] / peak:.1%} "
             f"of the {peak / 1e9:,.0f} GFLOP/s of a large product, "
@@ -462,7 +462,7 @@ def lengths(rounds: int) -> None:
     for length in (128, 256, 512, 1024, 2048):
         o = BASE | dict(task="mlm", who="ours", dtype="fp32", length=length, rows=4096 // length)
         ((seconds, _),) = take_turns([o], rounds, 2)
-        costs.append((length, seconds / 4096, batch_flops(model_config(o), batch_of(o)[0]) / 4096))
+        costs.append((length, seconds / 4096, batch_flops(model_config(o), *batch_of(o)) / 4096))
     for length, seconds, flops in costs:
         print(
             f"rows of {length:4}: {seconds * 1e6:6.1f} us a token, {seconds / costs[0][1]:.2f} of that at 128; "
