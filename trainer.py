@@ -249,14 +249,14 @@ def _shape(preset: dict, init: dict | None, flags: dict) -> dict:
 def open_data(name: str, seq_len: int, seed: int = 0, alpha: float = 0.5) -> TokenData:
     """TokenData of a folder. That of the embedded corpus is made on first use; InputError where it cannot be."""
     folder = SAMPLE_DATA if name == SAMPLE else Path(name)
-    if folder == SAMPLE_DATA and rank() == 0 and not (folder / "meta.json").exists():
+    if folder == SAMPLE_DATA and rank() == 0 and not folder.exists():
         try:  # elsewhere first: the folder is there whole or not at all, whoever else makes it meanwhile
             with tempfile.TemporaryDirectory(prefix="data.", dir=folder.parent) as new:
                 prepare(SAMPLE_TEXT, Path(new) / "data", **SAMPLE_OPTIONS)
                 (Path(new) / "data").rename(folder)
         except OSError as error:
-            if not (folder / "meta.json").exists():
-                raise InputError(f"{folder}: cannot be made ({error.strerror}); remove it, or use --data") from None
+            if not folder.exists():
+                raise InputError(f"{folder}: cannot be made ({error.strerror}); use --data") from None
     if folder == SAMPLE_DATA and dist.is_initialized():
         dist.barrier()  # all of them: who comes late finds the folder made
     return TokenData(folder, seq_len, seed, alpha)
