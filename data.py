@@ -173,9 +173,7 @@ def text_lines(text: str) -> list[str]:
 
 
 def sample_lines(files: list[Path], n_chars: int, seed: int) -> list[str]:
-    """A uniform sample of about n_chars characters of lines, spread over files: from 32 times as much text, or 1 MB of
-    each where that is more.
-    """
+    """A uniform sample of lines, about n_chars characters out of 32 times as many (of each file 1 MB at least)."""
     rng, kept, size, seen = random.Random(seed), [], 0, 0
     files = rng.sample(files, len(files))
     share = max(1 << 20, 32 * n_chars // len(files))
@@ -325,7 +323,7 @@ def _encode(n_workers: int, start_worker: tuple, blocks: Iterator[tuple]) -> Ite
 
 def read_meta(folder: Path, unfinished: bool = False) -> dict[str, dict]:
     """Language -> its documents, bytes and words (how many), train and valid (shard -> tokens), seed, valid_fraction,
-    and the files it was made from (name -> bytes). With `unfinished` also languages that are not finished, as {}.
+    and the files it was made from (name -> bytes); with `unfinished` also -> {}, for a language that is not finished.
 
     Raises InputError for a folder that data.py did not make or, without `unfinished`, did not finish.
     """
@@ -375,16 +373,12 @@ def _write_language(data_dir: Path, language: str, encoded: Iterator[tuple], mod
 
 
 def _open_folder(data_dir: Path, given: Path | None, text: dict[str, list[Path]], vocab_size: int, seed: int) -> bytes:
-    """Makes a data folder with a tokenizer, given or trained, and returns that.
-
-    Raises InputError where the folder is there with another tokenizer or something else in it.
-    """
+    """The tokenizer of a data folder, given or trained; makes the folder. Raises InputError if it has another."""
     there = data_dir / "tokenizer.model"
     data_dir.mkdir(parents=True, exist_ok=True)
-    if there.exists() and not given:
-        raise InputError(f"{data_dir}: not empty; to continue or add languages, give --tokenizer {there}")
-    if not there.exists() and any(path.suffix != ".tmp" for path in data_dir.iterdir()):
-        raise InputError(f"{data_dir}: not empty, and not made by data.py; name another folder")
+    if any(path.suffix != ".tmp" for path in data_dir.iterdir()) and not (given and there.exists()):
+        remedy = f"to continue it or add languages, give --tokenizer {there}" if there.exists() else "name another"
+        raise InputError(f"{data_dir}: not empty; {remedy}")
     model = read_tokenizer(given) if given else train_tokenizer(text, vocab_size, seed)
     load_tokenizer(model, given)
     if not there.exists():
@@ -397,9 +391,8 @@ def _open_folder(data_dir: Path, given: Path | None, text: dict[str, list[Path]]
 
 
 def _to_encode(data_dir: Path, files: dict[str, dict[str, int]]) -> list[str]:
-    """The languages, of those with files (name -> bytes), that a data folder does not have; says which it has.
-
-    Raises InputError for one that it has from other files.
+    """Those of the languages, whose files are given as name -> bytes, that a data folder does not have; says which it
+    has. Raises InputError for one that it has from other files.
     """
     meta = read_meta(data_dir, unfinished=True)
     for language, entry in meta.items():

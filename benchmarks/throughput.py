@@ -368,7 +368,7 @@ def grown_data(folder: Path, size: int, fill: bool) -> Path:
     room on the disk.
     """
     prepare(SAMPLE_TEXT, folder / "D", **SAMPLE_OPTIONS)
-    some = np.random.default_rng(0).integers(300, 4000, 1 << 20).astype(np.uint16)
+    some = np.random.default_rng(0).integers(300, SAMPLE_OPTIONS["vocab_size"], 1 << 20).astype(np.uint16)
     for language, entry in (meta := read_meta(folder / "D")).items():
         (shard,), n = entry["train"], size // 2 // len(meta)
         with open(folder / "D" / shard, "r+b") as file:
