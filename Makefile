@@ -2,12 +2,11 @@
 # make test   the packages of the tests, then the tests; a second environment, of an older transformers, reads exports
 # make bench  speed and memory beside transformers and nn.Transformer (70 minutes)
 # make soak   200 kills of training runs at random instants, each resumed (about 10 minutes)
-# make fuzz   75,000 damaged files into the readers of text, data folders and tokenizers (about 10 minutes)
 
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
 
-.PHONY: demo test bench soak fuzz clean
+.PHONY: demo test bench soak clean
 
 .venv/four: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -39,9 +38,6 @@ bench: .venv/ready
 
 soak: .venv/ready
 	$(BIN)/python tests/soak.py --kills 200
-
-fuzz: .venv/ready
-	FUZZ=25000 $(BIN)/python -m pytest tests/test_hostile.py -k fuzz
 
 clean:
 	rm -rf .venv .venv-old demo sample/data

@@ -1,11 +1,12 @@
 """Text to tokenizer and token shards (a command), and from the shards a deterministic multilingual stream of rows.
 
-    python data.py TEXT_DIR DATA_DIR --vocab-size 150000
+    python data.py TEXT DATA --vocab-size 150000                         a new data folder
+    python data.py TEXT DATA --tokenizer DATA/tokenizer.model            continue a run that was killed; add languages
 
-TEXT_DIR holds <lang>.<ext> or <lang>/*, ext being txt (documents parted by blank lines), jsonl or json (one object a
-line with its text under "text", as mC4 is released), each also .gz or .xz. DATA_DIR gets tokenizer.model, shards
-<lang>.<split>.<number>.bin and, last of all, meta.json: a folder without it is not finished. With --part i/n each of
-n machines encodes its share of the files; their shards and metas, in one folder, are the same data.
+TEXT holds <lang>.<ext> or <lang>/*, ext being txt (documents separated by blank lines), jsonl or json (one object a
+line with its text under "text", as mC4 is released), each also .gz or .xz. DATA gets tokenizer.model and, for each
+language, shards <lang>.<split>.<number>.bin and their description <lang>.json, which is empty until they are finished.
+Several machines may encode different languages into one folder, with one tokenizer.
 
 The stream: languages are sampled in proportion to tokens ** alpha (Soltan et al. 2022: 0.5), rows are packed full and
 documents closed by </s>. Sample i is a pure function of (seed, i).
@@ -18,8 +19,8 @@ import json
 import lzma
 import os
 import random
-import re
-import uuid
+import shutil
+import tempfile
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -28,13 +29,15 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from hashlib import blake2b, sha256
 from heapq import heappop, heappush
+from multiprocessing import parent_process
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import sentencepiece as spm
 from tqdm import tqdm
 
-from cli import InputError, OneProcessError, run_command
+from cli import InputError, OneProcessError, run_command, say
 from objectives import ORDER, SpecialIds, sample_rng
 
 HERE = Path(__file__).resolve().parent
@@ -42,15 +45,16 @@ SAMPLE_TEXT, SAMPLE_DATA = HERE / "sample" / "text", HERE / "sample" / "data"  #
 SAMPLE_OPTIONS = dict(vocab_size=2000, valid_fraction=0.15, seed=0)
 
 EXTENSIONS = tuple(f".{kind}{packed}" for kind in ("txt", "jsonl", "json") for packed in ("", ".gz", ".xz"))
-TOKENIZER_CHARS = 8_000_000  # characters the tokenizer is trained on, in equal shares of the languages
-BLOCK_BYTES = 1 << 19  # text handed to a worker at a time
 MAX_DOCUMENT = 1 << 20  # bytes; a longer run of lines without a blank one is cut, so that memory stays constant
 MAX_LINE = 1 << 24  # bytes; JSON parsed takes up to 25 times its size
-MAX_MODEL = 1 << 26  # bytes of a tokenizer.model
-MIN_VOCAB, MAX_VOCAB = 400, 2_000_000  # special tokens and bytes take 362
+TOKENIZER_CHARS = 8_000_000  # characters the tokenizer is trained on, in equal shares of the languages
+BLOCK_BYTES = 1 << 19  # text handed to a worker at a time
 SHARD_TOKENS = 1 << 28
 MAGIC = b"tokens01"
 HEADER = 32  # bytes: the magic, 16 of the tokenizer's sha256, the number of tokens
+ENTRY = {"documents", "bytes", "words", "train", "valid", "seed", "valid_fraction", "files"}  # what <lang>.json holds
+AGAIN = "run data.py again with --tokenizer {}/tokenizer.model"
+FEW_TOKENS, LONG_ROW = 100_000, 512  # a language with less to train on, or less held out, gets a warning
 
 
 # Text --------------------------------------------------------------------------------------------------------------
@@ -169,9 +173,7 @@ def text_lines(text: str) -> list[str]:
 
 
 def sample_lines(files: list[Path], n_chars: int, seed: int) -> list[str]:
-    """A uniform sample of about n_chars characters of lines, spread over files: from 32 times as much text, or 1 MB of
-    each where that is more.
-    """
+    """A uniform sample of lines, about n_chars characters out of 32 times as many (of each file 1 MB at least)."""
     rng, kept, size, seen = random.Random(seed), [], 0, 0
     files = rng.sample(files, len(files))
     share = max(1 << 20, 32 * n_chars // len(files))
@@ -194,50 +196,34 @@ def train_tokenizer(text: dict[str, list[Path]], vocab_size: int, seed: int) -> 
     """A SentencePiece unigram model (Kudo 2018) in which every Unicode text survives encoding and decoding.
 
     No normalisation, spaces kept, bytes for characters outside the vocabulary; U+2581, SentencePiece's own sign for a
-    space, is the one character that comes back as another. Raises InputError where the text cannot fill vocab_size, or
-    it is out of range.
+    space, is the one character that comes back as another. Raises InputError where vocab_size does not fit the text.
     """
-    if not MIN_VOCAB <= vocab_size <= MAX_VOCAB:
-        raise InputError(f"--vocab-size {vocab_size}: it must be from {MIN_VOCAB} to {MAX_VOCAB:,}")
     lines = [line for files in text.values() for line in sample_lines(files, TOKENIZER_CHARS // len(text), seed)]
     if not lines:
         raise InputError("no text to train a tokenizer on: every file is empty")
     random.Random(seed).shuffle(lines)
     ids, model = SpecialIds(vocab_size), io.BytesIO()
+    special = dict(pad_id=ids.pad, bos_id=ids.bos, eos_id=ids.eos, unk_id=ids.unk, pad_piece="<pad>")
     # Control symbols get the ids from 4 on, in this order, and are never made from text, whatever it says.
-    control = ["<mask>", "[CLM]"] + [f"<extra_id_{k}>" for k in range(ids.n_sentinels)]
+    special["control_symbols"] = ["<mask>", "[CLM]"] + [f"<extra_id_{k}>" for k in range(ids.n_sentinels)]
+    lossless = dict(byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False)
+    other = dict(model_type="unigram", max_sentence_length=1 << 16, minloglevel=2, num_threads=8)  # result depends on 8
     try:
         spm.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
-            model_writer=model,
-            model_type="unigram",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            pad_id=ids.pad,
-            bos_id=ids.bos,
-            eos_id=ids.eos,
-            unk_id=ids.unk,
-            pad_piece="<pad>",
-            control_symbols=control,
-            max_sentence_length=1 << 16,
-            num_threads=8,  # a constant: the result depends on it
-            minloglevel=2,
+            sentence_iterator=iter(lines), model_writer=model, vocab_size=vocab_size, **special, **lossless, **other
         )
-    except RuntimeError as error:
-        raise InputError(f"--vocab-size {vocab_size} does not fit this text: {str(error).split('] ')[-1]}") from None
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).split("] ")[-1] or "too small"
+        raise InputError(f"--vocab-size {vocab_size} does not fit this text: {reason}") from None
     return model.getvalue()
 
 
 def read_tokenizer(path: Path) -> bytes:
-    """Raises InputError unless the file can be read and is no larger than a tokenizer may be."""
+    """The bytes of a tokenizer.model. Raises InputError if it cannot be read."""
     try:
-        if path.stat().st_size <= MAX_MODEL and path.is_file():
-            return path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); name a tokenizer.model") from None
-    raise InputError(f"{path}: not a file of at most {MAX_MODEL >> 20} MB; name a tokenizer.model")
 
 
 def load_tokenizer(model: bytes, name: object) -> spm.SentencePieceProcessor:
@@ -245,12 +231,11 @@ def load_tokenizer(model: bytes, name: object) -> spm.SentencePieceProcessor:
     tokenizer = spm.SentencePieceProcessor()
     try:
         tokenizer.LoadFromSerializedProto(model)
-        ids = SpecialIds(tokenizer.vocab_size())
-        pieces = tokenizer.id_to_piece(list(range(ids.vocab_size)))  # all of them: some might be no UTF-8
-    except (RuntimeError, UnicodeDecodeError):
+    except RuntimeError:
         raise InputError(f"{name}: not a SentencePiece model; train one with `python data.py`") from None
+    ids = SpecialIds(tokenizer.vocab_size())
     special = {ids.pad: "<pad>", ids.mask: "<mask>", ids.ordinary - 1: f"<extra_id_{ids.n_sentinels - 1}>"}
-    if any(pieces[i : i + 1] != [piece] for i, piece in special.items()):
+    if any(i >= ids.vocab_size or tokenizer.id_to_piece(i) != piece for i, piece in special.items()):
         raise InputError(f"{name}: its special tokens are not this project's; train one with `python data.py`")
     return tokenizer
 
@@ -266,29 +251,14 @@ def _header(model: bytes, n_tokens: int) -> bytes:
     return MAGIC + sha256(model).digest()[:16] + n_tokens.to_bytes(8, "little")
 
 
-class _ShardWriter:
-    """Appends tokens to <name>.<number>.bin, starting another file at SHARD_TOKENS; `shards` lists [file, tokens]."""
-
-    def __init__(self, folder: Path, name: str, model: bytes):
-        self.folder, self.name, self.model, self.shards, self.file = folder, name, model, [], None
-
-    def write(self, tokens: np.ndarray) -> None:  # [N]
-        """Appends tokens, all of them to one shard."""
-        if self.file is None or self.shards[-1][1] >= SHARD_TOKENS:
-            self.close()
-            self.shards.append([f"{self.name}.{len(self.shards):03d}.bin", 0])
-            self.file = open(self.folder / self.shards[-1][0], "wb")
-            self.file.write(_header(self.model, 0))
-        self.file.write(tokens.tobytes())
-        self.shards[-1][1] += len(tokens)
-
-    def close(self) -> None:
-        """Ends a shard: only now its header says how many tokens it has."""
-        if self.file is not None:
-            self.file.seek(0)
-            self.file.write(_header(self.model, self.shards[-1][1]))
-            self.file.close()
-            self.file = None
+def _append(folder: Path, name: str, shards: dict[str, int], tokens: np.ndarray) -> None:  # [any length]
+    """Appends tokens to the last <name>.<number>.bin, or to a new one after SHARD_TOKENS; counts them in `shards`."""
+    if not shards or [*shards.values()][-1] >= SHARD_TOKENS:
+        shards[f"{name}.{len(shards):03d}.bin"] = 0
+    last = [*shards][-1]
+    with open(folder / last, "ab") as file:
+        file.write(tokens.tobytes() if shards[last] else bytes(HEADER) + tokens.tobytes())
+    shards[last] += len(tokens)
 
 
 _worker: dict = {}  # what a worker process keeps between blocks
@@ -297,30 +267,26 @@ _worker: dict = {}  # what a worker process keeps between blocks
 def _start_worker(model: bytes, seed: int, valid_fraction: float) -> None:
     tokenizer = load_tokenizer(model, "tokenizer")
     _worker.update(tokenizer=tokenizer, seed=seed.to_bytes(8, "little"), valid_fraction=valid_fraction)
+    if parent := parent_process():  # a worker whose parent is killed would wait for ever
+        Thread(target=lambda: os._exit(parent.join() or 1), daemon=True).start()
 
 
-def _encode_block(path: Path, block: list[tuple[int, bytes]]) -> tuple[dict[str, np.ndarray], int, int, int]:
+def _encode_block(path: Path, block: list[tuple[int, bytes]]) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Tokens of a block of raw documents by split, and how many documents, bytes and words they have.
 
-    The split is decided by a hash of the document's text: it does not depend on how the text is spread over files,
-    and a document that occurs twice is never on both sides.
+    A hash of the document's text decides the split: it does not depend on how the text is spread over files, and a
+    document that occurs twice is never on both sides.
     """
-    tokenizer, tokens, n_documents, n_bytes, n_words = _worker["tokenizer"], {"train": [], "valid": []}, 0, 0, 0
+    tokenizer, tokens, counts = _worker["tokenizer"], {"train": [], "valid": []}, np.zeros(3, np.int64)
     type_ = _token_type(tokenizer.vocab_size())
     for number, raw in block:
         text = document_text(path, number, raw)
-        lines = text_lines(text)
-        if not lines:
-            continue
-        key = blake2b(text.strip().encode(), digest_size=8, key=_worker["seed"]).digest()
-        split = "valid" if int.from_bytes(key, "little") < _worker["valid_fraction"] * 2**64 else "train"
-        for line in tokenizer.encode(lines):
-            tokens[split].append(np.array(line, type_))
-        tokens[split].append(np.array([SpecialIds.eos], type_))
-        n_documents += 1
-        n_bytes += len(raw)
-        n_words += len(text.split())
-    return {split: np.concatenate(parts) for split, parts in tokens.items() if parts}, n_documents, n_bytes, n_words
+        if lines := text_lines(text):
+            key = blake2b(text.strip().encode(), digest_size=8, key=_worker["seed"]).digest()
+            split = "valid" if int.from_bytes(key, "little") < _worker["valid_fraction"] * 2**64 else "train"
+            tokens[split] += [np.array(line, type_) for line in (*tokenizer.encode(lines), [SpecialIds.eos])]
+            counts += 1, len(raw), len(text.split())
+    return {split: np.concatenate(parts) for split, parts in tokens.items() if parts}, counts
 
 
 def _blocks(files: list[Path], progress: Callable[[int], None]) -> Iterator[tuple[Path, list[tuple[int, bytes]]]]:
@@ -338,43 +304,104 @@ def _blocks(files: list[Path], progress: Callable[[int], None]) -> Iterator[tupl
 
 
 def _encode(n_workers: int, start_worker: tuple, blocks: Iterator[tuple]) -> Iterator[tuple]:
-    """_encode_block of each block, in order, on n_workers processes, with a bounded number under way."""
+    """_encode_block of each block, in order, by n_workers processes, with a bounded number of blocks waiting."""
     if n_workers == 1:
         _start_worker(*start_worker)
         yield from (_encode_block(*block) for block in blocks)
         return
     with ProcessPoolExecutor(n_workers, initializer=_start_worker, initargs=start_worker) as pool:
-        under_way: deque = deque()
+        waiting: deque = deque()
         for block in blocks:
-            under_way.append(pool.submit(_encode_block, *block))
-            if len(under_way) > 4 * n_workers:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+            waiting.append(pool.submit(_encode_block, *block))
+            if len(waiting) > 4 * n_workers:
+                yield waiting.popleft().result()
+        yield from (result.result() for result in waiting)
 
 
-def _share(text: dict[str, list[Path]], part: int, n_parts: int) -> dict[str, list[Path]]:
-    """The files of a part: consecutive ones, of about as many bytes as any other part's."""
-    sizes = [(language, path, path.stat().st_size) for language, files in text.items() for path in files]
-    total, before, share = max(1, sum(size for *_, size in sizes)), 0, {}
-    for language, path, size in sizes:
-        if (2 * before + size) * n_parts // (2 * total + 1) == part - 1:  # the part that the file's middle falls in
-            share.setdefault(language, []).append(path)
-        before += size
-    return share
+# Data folders ------------------------------------------------------------------------------------------------------
 
 
-def _refuse_occupied(data_dir: Path, part: int, n_parts: int) -> None:
-    """Raises InputError if a data folder holds anything but the other parts of the same text."""
-    names = [path.name for path in data_dir.iterdir()] if data_dir.is_dir() else []
-    if n_parts > 1:
-        if mine := [name for name in names if f".{part}of{n_parts}." in name]:
-            raise InputError(
-                f"{data_dir / min(mine)}: there already; remove *.{part}of{n_parts}.* to make the part again"
-            )
-        names = [x for x in names if x != "tokenizer.model" and f"of{n_parts}." not in x and not x.endswith(".tmp")]
-    if names or (data_dir.exists() and not data_dir.is_dir()):
-        raise InputError(f"{data_dir}: exists and is not an empty folder; remove it or name another")
+def read_meta(folder: Path, unfinished: bool = False) -> dict[str, dict]:
+    """Language -> its documents, bytes and words (how many), train and valid (shard -> tokens), seed, valid_fraction,
+    and the files it was made from (name -> bytes); with `unfinished` also -> {}, for a language that is not finished.
+
+    Raises InputError for a folder that data.py did not make or, without `unfinished`, did not finish.
+    """
+    if not folder.is_dir():  # that a checkpoint names counts from the folder it was trained in
+        raise InputError(f"{folder}: no such folder; name one made by data.py with --data")
+    if not (folder / "tokenizer.model").exists():
+        raise InputError(f"{folder}: no tokenizer.model in it; `python data.py {folder} DATA` makes shards of its text")
+    meta = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            meta[path.stem] = json.loads(path.read_bytes() or "{}")
+            if meta[path.stem].keys() not in (ENTRY, set()):
+                raise ValueError
+        except (ValueError, AttributeError):
+            raise InputError(f"{path}: not what data.py writes of a language; remove it or the folder") from None
+    if not unfinished and not (meta and all(meta.values())):
+        names = ", ".join(x for x in meta if not meta[x]) or "every language"
+        remedy = f"{AGAIN.format(folder)}, or remove the .json of those you can do without"
+        raise InputError(f"{folder}: not finished: {names}; {remedy}")
+    return meta
+
+
+def _write_language(data_dir: Path, language: str, encoded: Iterator[tuple], model: bytes, origin: dict) -> bool:
+    """Writes a language's shards, then <lang>.json, into which `origin` goes too: its seed, valid_fraction and files.
+
+    Writes neither, and returns False, where no text is left to train on, or none is held out that should be.
+    """
+    for leftover in data_dir.glob(f"{language}.*.tmp"):  # of a run that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    shards, totals, entry = {"train": {}, "valid": {}}, np.zeros(3, np.int64), f"{language}.json"
+    with tempfile.TemporaryDirectory(prefix=f"{language}.", suffix=".tmp", dir=data_dir) as name:
+        folder = Path(name)
+        for tokens, counts in encoded:
+            totals += counts
+            for split, piece in tokens.items():
+                _append(folder, f"{language}.{split}", shards[split], piece)
+        if not shards["train"] or (origin["valid_fraction"] and not shards["valid"]):
+            return False
+        for shard, n in (shards["train"] | shards["valid"]).items():
+            with open(folder / shard, "r+b") as file:
+                file.write(_header(model, n))
+        counts = dict(zip(("documents", "bytes", "words"), totals.tolist()))
+        (folder / entry).write_text(json.dumps(counts | shards | origin, indent=1), "utf-8")
+        for new in (*shards["train"], *shards["valid"], entry):
+            (folder / new).rename(data_dir / new)
+    return True
+
+
+def _open_folder(data_dir: Path, given: Path | None, text: dict[str, list[Path]], vocab_size: int, seed: int) -> bytes:
+    """The tokenizer of a data folder, given or trained; makes the folder. Raises InputError if it has another."""
+    there = data_dir / "tokenizer.model"
+    data_dir.mkdir(parents=True, exist_ok=True)
+    if any(path.suffix != ".tmp" for path in data_dir.iterdir()) and not (given and there.exists()):
+        remedy = f"to continue it or add languages, give --tokenizer {there}" if there.exists() else "name another"
+        raise InputError(f"{data_dir}: not empty; {remedy}")
+    model = read_tokenizer(given) if given else train_tokenizer(text, vocab_size, seed)
+    load_tokenizer(model, given)
+    if not there.exists():
+        with tempfile.TemporaryDirectory(suffix=".tmp", dir=data_dir) as name:
+            (Path(name) / there.name).write_bytes(model)
+            (Path(name) / there.name).rename(there)
+    if there.read_bytes() != model:
+        raise InputError(f"{given or 'a new tokenizer'}: not that of {data_dir}; give --tokenizer {there}")
+    return model
+
+
+def _to_encode(data_dir: Path, files: dict[str, dict[str, int]]) -> list[str]:
+    """Those of the languages, whose files are given as name -> bytes, that a data folder does not have; says which it
+    has. Raises InputError for one that it has from other files.
+    """
+    meta = read_meta(data_dir, unfinished=True)
+    for language, entry in meta.items():
+        if entry and language in files:
+            if changed := entry["files"].items() ^ files[language].items():
+                change = f"{language!r} is made from other files ({min(changed)[0]} is new, gone or of another size)"
+                raise InputError(f"{data_dir}: {change}; remove {data_dir / language}.* to encode it again")
+            say(f"{language}: encoded already, with --seed {entry['seed']} --valid-fraction {entry['valid_fraction']}")
+    return [language for language in files if not meta.get(language)]
 
 
 def prepare(
@@ -385,178 +412,94 @@ def prepare(
     valid_fraction: float = 0.01,
     seed: int = 0,
     n_workers: int = 1,
-    part: tuple[int, int] = (1, 1),
-) -> dict:
-    """Text to tokenizer and shards; returns what it wrote to meta.json. Raises InputError and leaves no meta.json.
+) -> dict[str, dict]:
+    """Text to tokenizer and shards; returns what read_meta does, of those languages that are finished.
 
-    part: (i, n) encodes the i-th of n shares of the files, with a tokenizer that all the shares have in common.
+    A language that the folder has from the same files is kept. However this ends, each language is there whole, or its
+    <lang>.json is empty and the same call with the folder's tokenizer encodes it.
+    Raises InputError for a mistake in the text or the arguments, and for a full disk.
     """
     text = find_text(text_dir)
-    _refuse_occupied(data_dir, *part)
-    infix = "" if part[1] == 1 else f".{part[0]}of{part[1]}"
+    if data_dir.resolve().is_relative_to(text_dir.resolve()):
+        raise InputError(f"{data_dir}: inside {text_dir}, where it would be taken for text; name another folder")
+    model = _open_folder(data_dir, tokenizer, text, vocab_size, seed)
+    files = {x: {str(path.relative_to(text_dir)): path.stat().st_size for path in text[x]} for x in text}
+    languages, lacking = _to_encode(data_dir, files), []
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        model = read_tokenizer(tokenizer) if tokenizer else train_tokenizer(text, vocab_size, seed)
-        text = _share(text, *part)
-    except OSError as error:
-        raise InputError(f"{error.filename}: cannot be read or made ({error.strerror}); name another") from None
-    load_tokenizer(model, tokenizer)
-    there = data_dir / "tokenizer.model"
-    if there.exists() and there.read_bytes() != model:
-        raise InputError(f"{there}: another part's, not that of --tokenizer {tokenizer}; use one for all parts")
-    meta = dict(seed=seed, valid_fraction=valid_fraction, languages={})
-    total = sum(path.stat().st_size for files in text.values() for path in files)
-    try:
-        _write(there, model)
+        for language in languages:
+            (data_dir / f"{language}.json").touch()
+        total = sum(sum(files[language].values()) for language in languages)
         with tqdm(total=total, unit="B", unit_scale=True, desc="encoding", disable=None) as bar:
-            for language, files in text.items():
+            for language in languages:
                 bar.set_postfix_str(language)
-                writers = {
-                    split: _ShardWriter(data_dir, f"{language}.{split}{infix}", model) for split in ("train", "valid")
-                }
-                totals, start_worker = np.zeros(3, np.int64), (model, seed, valid_fraction)
-                for tokens, *figures in _encode(n_workers, start_worker, _blocks(files, bar.update)):
-                    totals += figures
-                    for split, piece in tokens.items():
-                        writers[split].write(piece)
-                for writer in writers.values():
-                    writer.close()
-                if not writers["train"].shards and part[1] == 1:
-                    raise InputError(
-                        f"{text_dir}: no text for {language!r}, or all of it held out; add text or remove it"
-                    )
-                meta["languages"][language] = dict(
-                    zip(("documents", "bytes", "words"), totals.tolist()),
-                    **{split: writer.shards for split, writer in writers.items()},
-                )
-        _write(data_dir / f"meta{infix}.json", json.dumps(meta, indent=1).encode())
-    except BrokenProcessPool:
-        raise InputError(
-            f"{data_dir}: a worker process died (out of memory?); remove the folder and try again"
-        ) from None
-    except OSError as error:
-        raise InputError(f"{data_dir}: cannot be written ({error.strerror}); make room, remove it, try again") from None
-    return meta
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Writes a whole file or none: other parts may be reading it, or writing the same."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")  # two containers may be process 7 both
-    temporary.write_bytes(content)
-    temporary.rename(path)
-
-
-def read_meta(folder: Path) -> dict:
-    """What data.py wrote about a data folder, the parts of several machines put together in their order.
-
-    Raises InputError for a missing or damaged part, or parts made with different options.
-    """
-    names = sorted(path.name for path in folder.glob("meta*.json"))
-    if not names:
-        if not folder.is_dir():  # that a checkpoint names counts from the folder it was trained in
-            raise InputError(f"{folder}: no such folder; name one made by data.py with --data")
-        if not (folder / "tokenizer.model").exists():
-            raise InputError(f"{folder}: no meta.json in it; `python data.py {folder} DATA` makes a folder of its text")
-        raise InputError(f"{folder}: no meta.json in it, data.py did not finish; remove it and run that again")
-    several = re.fullmatch(r"meta\.[0-9]+of([0-9]{1,4})\.json", names[0])
-    expected = [f"meta.{i}of{several[1]}.json" for i in range(1, int(several[1]) + 1)] if several else ["meta.json"]
-    if missing := [name for name in expected if name not in names]:
-        raise InputError(f"{folder}: no {missing[0]}: run that part of data.py, or copy its files here")
-    if odd := [name for name in names if name not in expected]:
-        raise InputError(f"{folder}: {odd[0]} is not of the same parts as {names[0]}; remove one of them")
-    meta: dict = dict(languages={})
-    for name in expected:
-        try:
-            if (folder / name).stat().st_size > MAX_LINE or not (folder / name).is_file():
-                raise ValueError
-            part = json.loads((folder / name).read_bytes())
-            options = dict(seed=part["seed"], valid_fraction=part["valid_fraction"])
-            for language, entry in part["languages"].items():
-                sums = meta["languages"].setdefault(language, dict(documents=0, bytes=0, words=0, train=[], valid=[]))
-                for key in sums:
-                    sums[key] = sums[key] + entry[key]
-                for shard, n in entry["train"] + entry["valid"]:
-                    if Path(shard).name != shard or type(n) is not int or not 0 < n < 1 << 48:
-                        raise ValueError
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise InputError(f"{folder / name}: damaged; run data.py again") from None
-        if {**options, **meta} != {**meta, **options}:
-            raise InputError(f"{folder / name}: its part has {options}, others not; run it again with theirs")
-        meta.update(options)
-    if not meta["languages"]:
-        raise InputError(f"{folder}: no text in any part of it; run data.py again")
-    return meta
+                encoded = _encode(n_workers, (model, seed, valid_fraction), _blocks(text[language], bar.update))
+                origin = dict(seed=seed, valid_fraction=valid_fraction, files=files[language])
+                if not _write_language(data_dir, language, encoded, model, origin):
+                    lacking.append(language)
+    except (OSError, BrokenProcessPool) as error:
+        raise InputError(f"{data_dir}: {error}; make room (disk, memory), then {AGAIN.format(data_dir)}") from None
+    if lacking:
+        lack = f"{', '.join(lacking)}: no document to train on, or none held out (a blank line ends a document)"
+        raise InputError(f"{text_dir}: {lack}; add text or change --valid-fraction, then {AGAIN.format(data_dir)}")
+    meta = read_meta(data_dir, unfinished=True)
+    if unfinished := ", ".join(x for x in meta if not meta[x]):
+        say(f"{data_dir}: not finished: {unfinished}; another run of data.py is at it, or was killed")
+    return {language: entry for language, entry in meta.items() if entry}
 
 
 def shares(tokens: dict[str, int], alpha: float) -> dict[str, float]:
     """Sampling probability of each language: proportional to tokens ** alpha (Soltan et al. 2022)."""
     weights = {language: n**alpha for language, n in tokens.items()}
-    total = sum(weights.values()) or 1  # a part may hold no text
-    return {language: weight / total for language, weight in weights.items()}
+    return {language: weight / sum(weights.values()) for language, weight in weights.items()}
 
 
-def n_tokens(meta: dict, split: str) -> dict[str, int]:
-    """Tokens of each language in a split of a data folder."""
-    return {language: sum(n for _, n in entry[split]) for language, entry in meta["languages"].items()}
-
-
-def print_table(meta: dict) -> None:
-    """Prints what a data folder holds of each language, and its sampling share at the default exponent of 0.5."""
-    train, valid = n_tokens(meta, "train"), n_tokens(meta, "valid")
+def print_table(meta: dict[str, dict]) -> None:
+    """Prints what a data folder holds, its sampling shares at the default exponent of 0.5, and which languages have
+    little to train on or to hold out.
+    """
+    train, valid = ({x: sum(entry[split].values()) for x, entry in meta.items()} for split in ("train", "valid"))
     share = shares(train, 0.5)
     print("language  documents      tokens    held out         bytes  tokens/word  share")
-    for language, entry in meta["languages"].items():
-        tokens = train[language] + valid[language]
-        print(
-            f"{language:8} {entry['documents']:10,} {train[language]:11,} {valid[language]:11,} {entry['bytes']:13,}"
-            f" {tokens / max(1, entry['words']):12.2f} {share[language]:6.1%}"
-        )
+    for x, entry in meta.items():
+        per_word = (train[x] + valid[x]) / max(1, entry["words"])
+        counts = f"{entry['documents']:10,} {train[x]:11,} {valid[x]:11,} {entry['bytes']:13,}"
+        print(f"{x:8} {counts} {per_word:12.2f} {share[x]:6.1%}")
+    if few := ", ".join(x for x in meta if train[x] < FEW_TOKENS):
+        print(f"warning: under {FEW_TOKENS:,} tokens to train on, which a model learns by heart: {few}; add text")
+    if few := ", ".join(f"{x} {valid[x]}" for x in meta if valid[x] < LONG_ROW):
+        remedy = "add text, or remove <lang>.* and encode it again with a larger --valid-fraction"
+        print(f"warning: few tokens held out, and no --seq-len can be larger: {few}; {remedy}")
 
 
 # The stream --------------------------------------------------------------------------------------------------------
 
 
 class _Tokens:
-    """The tokens of several shards as one sequence, read through memory maps."""
+    """The tokens of a language's shards as one sequence, read through memory maps."""
 
-    def __init__(self, folder: Path, shards: list, model: bytes, vocab_size: int):
-        self.folder, self.maps, self.vocab_size, type_ = folder, [], vocab_size, _token_type(vocab_size)
-        for name, n in shards:
-            path = folder / name
-            refuse_outside(path, folder)
-            try:
-                if not path.is_file():  # a pipe would wait for ever
-                    raise FileNotFoundError(None, "no such file")
-                size = path.stat().st_size
-                with open(path, "rb") as file:
-                    header = file.read(HEADER)
-            except OSError as error:
-                raise InputError(f"{path}: cannot be read ({error.strerror}); run data.py again") from None
-            if header[:8] != MAGIC or header[8:24] != _header(model, n)[8:24]:
-                raise InputError(f"{path}: not a shard of this folder's tokenizer; run data.py again")
-            if header != _header(model, n) or size != HEADER + n * type_.itemsize:
-                raise InputError(
-                    f"{path}: {size} bytes, not the {HEADER + n * type_.itemsize} of {n} tokens; run data.py again"
-                )
+    def __init__(self, folder: Path, language: str, shards: dict[str, int], model: bytes, vocab_size: int):
+        self.maps, self.vocab_size, type_ = [], vocab_size, _token_type(vocab_size)
+        self.remedy = f"remove {folder / language}.* and {AGAIN.format(folder)}"
+        for path, n in ((folder / shard, n) for shard, n in shards.items()):
+            size, expected = path.stat().st_size if path.exists() else 0, HEADER + n * type_.itemsize
+            if size != expected:
+                raise InputError(f"{path}: {size} bytes, not the {expected} of {n} tokens; {self.remedy}")
+            if np.fromfile(path, np.uint8, HEADER).tobytes() != _header(model, n):
+                raise InputError(f"{path}: not a shard of this folder's tokenizer; {self.remedy}")
             self.maps.append(np.memmap(path, type_, "r", HEADER))
-        self.ends = np.cumsum([0] + [len(m) for m in self.maps])
+        self.ends = np.cumsum([0] + [len(tokens) for tokens in self.maps])
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def read(self, start: int, length: int) -> np.ndarray:  # [length]
         """Tokens from `start` on. Raises OneProcessError for one that the vocabulary does not have."""
-        parts = []
-        while length:
-            shard = int(np.searchsorted(self.ends, start, "right")) - 1
-            part = self.maps[shard][start - self.ends[shard] :][:length]
-            parts.append(part)
-            start, length = start + len(part), length - len(part)
-        tokens = np.concatenate(parts).astype(np.int64)
-        if len(tokens) and tokens.max() >= self.vocab_size:
-            raise OneProcessError(
-                f"{self.folder}: a shard holds token {tokens.max()}, over the vocabulary; run data.py again"
-            )
+        shard = int(np.searchsorted(self.ends, start, "right")) - 1
+        tokens = self.maps[shard][start - self.ends[shard] :][:length].astype(np.int64)
+        if len(tokens) < length:  # the rest is in the shards behind
+            tokens = np.concatenate([tokens, self.read(start + len(tokens), length - len(tokens))])
+        if tokens.max() >= self.vocab_size:
+            raise OneProcessError(f"a shard holds token {tokens.max()}, over the vocabulary; {self.remedy}")
         return tokens
 
 
@@ -564,67 +507,68 @@ class TokenData:
     """Rows of seq_len tokens from a data folder: `row(i)` to train on, `valid_row(language, j)` held out.
 
     Over any number of whole blocks of samples each language gets its share to within one row; within a language every
-    row comes once before any comes twice, in an order that is new each time round. Finding a row takes constant time
-    and memory.
-    Raises InputError for a folder that is unfinished, damaged, or too small for a single row.
+    row comes once before any comes twice, in an order that is new each time. Finding a row takes constant time and
+    memory. Raises InputError for a folder that is unfinished, damaged, or too small for a single row.
     """
 
     BLOCK = 1024  # samples among which the languages are shuffled
 
     def __init__(self, folder: Path, seq_len: int, seed: int = 0, alpha: float = 0.5):
-        self.meta, path = read_meta(folder), folder / "tokenizer.model"
-        refuse_outside(path, folder)
+        meta, path = read_meta(folder), folder / "tokenizer.model"
+        self.languages, self.seq_len, self.seed = sorted(meta), seq_len, seed
         self.tokenizer_model = read_tokenizer(path)
         self.tokenizer = load_tokenizer(self.tokenizer_model, path)
         self.ids = SpecialIds(self.tokenizer.vocab_size())
-        self.seq_len, self.seed = seq_len, seed
-        self.languages = sorted(self.meta["languages"])
         self.train, self.valid = (
-            {
-                x: _Tokens(folder, self.meta["languages"][x][split], self.tokenizer_model, self.ids.vocab_size)
-                for x in self.languages
-            }
+            {x: _Tokens(folder, x, meta[x][split], self.tokenizer_model, self.ids.vocab_size) for x in self.languages}
             for split in ("train", "valid")
         )
-        sizes = [[x, len(self.train[x]), len(self.valid[x])] for x in self.languages]
-        self.fingerprint = sha256(json.dumps(sizes).encode() + self.tokenizer_model).hexdigest()
-        for language, tokens in self.train.items():
-            if len(tokens) < seq_len:
-                raise InputError(
-                    f"{folder}: {language!r} has {len(tokens)} tokens to train on, a row takes {seq_len}: "
-                    "add text, remove the language, or lower --seq-len"
-                )
-        share = shares({language: len(tokens) for language, tokens in self.train.items()}, alpha)
+        sizes = {language: len(tokens) for language, tokens in self.train.items()}
+        both = [[x, sizes[x], len(self.valid[x])] for x in self.languages]
+        self.fingerprint = sha256(json.dumps(both).encode() + self.tokenizer_model).hexdigest()
+        for x, n in sizes.items():
+            if n < seq_len:
+                lack = f"{x!r} has {n} tokens to train on, a row takes {seq_len}"
+                raise InputError(f"{folder}: {lack}: add text, remove {x}.*, or lower --seq-len")
+        share = shares(sizes, alpha)
         self._below = np.concatenate([[0.0], np.cumsum([share[x] for x in self.languages])[:-1], [1.0]])
         self._block_size = max(self.BLOCK, int(2 / min(share.values())))
-
-    def _quota(self, n: int) -> np.ndarray:
-        """How many of the first n samples (n a multiple of the block) are of each language: its share, rounded."""
-        return np.diff(np.floor(n * self._below + 0.5).astype(np.int64))
 
     @lru_cache(maxsize=2)
     def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """For each sample of a block its language, and how many samples of that language came before it."""
-        before, after = self._quota(block * self._block_size), self._quota((block + 1) * self._block_size)
+        ends = (np.floor((block + k) * self._block_size * self._below + 0.5).astype(np.int64) for k in (0, 1))
+        before, after = map(np.diff, ends)  # of the first n samples each language has its share, rounded
         languages = np.repeat(np.arange(len(before)), after - before)
-        ranks = np.concatenate([np.arange(a, b) for a, b in zip(before, after)])
         order = sample_rng(self.seed, ORDER, block).random(len(languages)).argsort(kind="stable")
-        ranks_in_order = np.empty_like(ranks)
-        ranks_in_order[languages[order].argsort(kind="stable")] = ranks
-        return languages[order], ranks_in_order
+        ranks, by_language = np.empty_like(languages), languages[order].argsort(kind="stable")
+        ranks[by_language] = np.concatenate([np.arange(a, b) for a, b in zip(before, after)])
+        return languages[order], ranks
 
     def locate(self, i: int) -> tuple[str, int]:
         """Language of sample i, and which of that language's rows it is."""
         languages, ranks = self._block(i // self._block_size)
-        language, before = self.languages[languages[i % self._block_size]], int(ranks[i % self._block_size])
+        language, rank = self.languages[languages[i % self._block_size]], int(ranks[i % self._block_size])
         n_rows = len(self.train[language]) // self.seq_len
-        key = _mix(_mix(_mix(self.seed) ^ zlib.crc32(language.encode())) ^ before // n_rows)
-        return language, permuted(before % n_rows, n_rows, key)
+        key = _hash64(_hash64(_hash64(self.seed) ^ zlib.crc32(language.encode())) ^ rank // n_rows)
+        return language, permuted(rank % n_rows, n_rows, key)
 
     def row(self, i: int) -> np.ndarray:  # [L]
         """The tokens of sample i. Raises OneProcessError for a damaged shard."""
         language, row = self.locate(i)
         return self.train[language].read(row * self.seq_len, self.seq_len)
+
+    def n_valid_rows(self, language: str) -> int:
+        """Held-out rows of a language. Raises InputError if there is not one."""
+        tokens = self.valid[language]
+        if len(tokens) < self.seq_len:
+            lack = f"{language!r} has {len(tokens)} tokens held out, a row takes {self.seq_len}"
+            raise InputError(f"{lack}: lower --seq-len, or {tokens.remedy} and a larger --valid-fraction, or more text")
+        return len(tokens) // self.seq_len
+
+    def valid_row(self, language: str, j: int) -> np.ndarray:  # [L]
+        """The tokens of held-out row j of a language. Raises OneProcessError for a damaged shard."""
+        return self.valid[language].read(j * self.seq_len, self.seq_len)
 
     def unigram_entropy(self, language: str) -> float:
         """Entropy in nats of a language's token counts (of its first 4M): the loss of a model that ignores context."""
@@ -632,23 +576,8 @@ class TokenData:
         p = np.unique(tokens, return_counts=True)[1] / len(tokens)
         return float(-(p * np.log(p)).sum())
 
-    def n_valid_rows(self, language: str) -> int:
-        """Held-out rows of a language. Raises InputError if there is not one."""
-        tokens = self.valid[language]
-        if len(tokens) < self.seq_len:
-            raise InputError(
-                f"{language!r} has {len(tokens)} tokens held out, a row takes {self.seq_len}: "
-                "prepare the data with a larger --valid-fraction (whole documents are held out; blank lines part them) "
-                "or lower --seq-len"
-            )
-        return len(tokens) // self.seq_len
 
-    def valid_row(self, language: str, j: int) -> np.ndarray:  # [L]
-        """The tokens of held-out row j of a language. Raises OneProcessError for a damaged shard."""
-        return self.valid[language].read(j * self.seq_len, self.seq_len)
-
-
-def _mix(x: int) -> int:
+def _hash64(x: int) -> int:
     """A 64-bit integer to another that looks unrelated (the finaliser of splitmix64, Steele et al. 2014)."""
     x = (x + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
     x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
@@ -657,15 +586,14 @@ def _mix(x: int) -> int:
 
 
 def permuted(i: int, n: int, key: int) -> int:
-    """Where i stands in an order of 0..n-1 that depends on key; needs no table (a Feistel network, cycle-walked).
-
-    Black and Rogaway 2002, "Ciphers with arbitrary finite domains".
+    """Element i of the permutation of 0..n-1 that the key selects, without a table: a Feistel network, applied again
+    to results of n and more (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
-    half = max(1, (n - 1).bit_length() + 1 >> 1)
+    half = max(1, (n - 1).bit_length() + 1 >> 1)  # bits of each half of i
     while True:
         left, right = i >> half, i & (1 << half) - 1
         for round_ in range(4):
-            left, right = right, left ^ _mix(key ^ _mix(right << 2 | round_)) & (1 << half) - 1
+            left, right = right, left ^ _hash64(key ^ _hash64(right << 2 | round_)) & (1 << half) - 1
         i = left << half | right
         if i < n:
             return i
@@ -673,33 +601,19 @@ def permuted(i: int, n: int, key: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Text to tokenizer and token shards.")
-    parser.add_argument("text_dir", type=Path, help="folder with <lang>.txt or <lang>/* (txt, jsonl, json; .gz, .xz)")
-    parser.add_argument("data_dir", type=Path, help="folder to write, must not exist or be empty")
-    parser.add_argument(
-        "--vocab-size", type=int, default=150_000, help="pieces, special ones included (default %(default)s)"
-    )
-    parser.add_argument("--tokenizer", type=Path, help="use this tokenizer.model instead of training one")
-    parser.add_argument(
-        "--part", default="1/1", metavar="I/N", help="encode the I-th of N shares of the files (default %(default)s)"
-    )
-    parser.add_argument(
-        "--valid-fraction", type=float, default=0.01, help="share of documents held out (default %(default)s)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the tokenizer's sample and of the split (default %(default)s)"
-    )
+    flag = parser.add_argument
+    flag("text_dir", type=Path, help="folder with <lang>.txt or <lang>/* (txt, jsonl, json; .gz, .xz)")
+    flag("data_dir", type=Path, help="folder to write: a new one, or with --tokenizer one to continue or add to")
+    flag("--vocab-size", type=int, default=150_000, help="pieces, special ones included (default %(default)s)")
+    flag("--tokenizer", type=Path, help="use this tokenizer.model instead of training one")
+    flag("--valid-fraction", type=float, default=0.01, help="share of documents held out (default %(default)s)")
+    flag("--seed", type=int, default=0, help="of the tokenizer's sample and of the split (default %(default)s)")
     args = parser.parse_args()
     if not 0 <= args.valid_fraction < 1:
         raise InputError(f"--valid-fraction {args.valid_fraction}: it must be in [0, 1)")
     if not 0 <= args.seed < 1 << 64:
         raise InputError(f"--seed {args.seed}: it must be from 0 to 2**64 - 1")
-    part = re.fullmatch("([0-9]{1,4})/([0-9]{1,4})", args.part)
-    if not part or not 1 <= int(part[1]) <= int(part[2]):
-        raise InputError(f"--part {args.part}: it must be I/N with I from 1 to N, N at most 9999")
-    args.part = int(part[1]), int(part[2])
-    if args.part[1] > 1 and not args.tokenizer:
-        raise InputError(f"--part {part[0]}: the parts need one tokenizer; add --tokenizer FILE")
-    print_table(prepare(**vars(args), n_workers=os.cpu_count() or 1))
+    print_table(prepare(**vars(args), n_workers=len(os.sched_getaffinity(0))))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 import trainer  # noqa: E402
 from compute import batch_flops  # noqa: E402
 from config import SAMPLE, open_data  # noqa: E402
-from data import HEADER, SAMPLE_OPTIONS, SAMPLE_TEXT, TokenData, prepare  # noqa: E402
+from data import HEADER, SAMPLE_OPTIONS, SAMPLE_TEXT, TokenData, prepare, read_meta  # noqa: E402
 from extract import hf_model  # noqa: E402
 from generate import generate  # noqa: E402
 from model import PRESETS, MaskedLM, ModelConfig, Seq2Seq  # noqa: E402
@@ -369,18 +369,16 @@ def grown_data(folder: Path, size: int, fill: bool) -> Path:
     room on the disk.
     """
     prepare(SAMPLE_TEXT, folder / "D", **SAMPLE_OPTIONS)
-    meta, rng = json.loads((folder / "D" / "meta.json").read_text()), np.random.default_rng(0)
-    some = rng.integers(300, 4000, 1 << 20).astype(np.uint16)
-    for entry in meta["languages"].values():
-        shard = entry["train"][0]
-        shard[1] = size // 2 // len(meta["languages"])
-        with open(folder / "D" / shard[0], "r+b") as file:
+    some = np.random.default_rng(0).integers(300, SAMPLE_OPTIONS["vocab_size"], 1 << 20).astype(np.uint16)
+    for language, entry in (meta := read_meta(folder / "D")).items():
+        (shard,), n = entry["train"], size // 2 // len(meta)
+        with open(folder / "D" / shard, "r+b") as file:
             file.seek(HEADER - 8)
-            file.write(shard[1].to_bytes(8, "little"))
-            for at in range(0, shard[1], len(some)) if fill else ():
-                file.write(some[: shard[1] - at].tobytes())
-            file.truncate(HEADER + 2 * shard[1])
-    (folder / "D" / "meta.json").write_text(json.dumps(meta))
+            file.write(n.to_bytes(8, "little"))
+            for start in range(0, n, len(some)) if fill else ():
+                file.write(some[: n - start].tobytes())
+            file.truncate(HEADER + 2 * n)
+        (folder / "D" / f"{language}.json").write_text(json.dumps(entry | {"train": {shard: n}}))
     return folder / "D"
 
 

@@ -52,9 +52,15 @@ def test_the_three_commands_without_any_flag_but_the_length(checkout):
         if "eval" in line:
             table = {row.split()[0] for row in done.stdout.splitlines() if re.match(r"[a-z]{2}  ", row)}
             assert table == set(LANGUAGES)
-    assert (checkout / "enc-mlm.pt").exists() and (checkout / "sample" / "data" / "meta.json").exists()
+    assert (checkout / "enc-mlm.pt").exists() and (checkout / "sample" / "data" / "te.json").exists()
     moved = checkout.rename(checkout.with_name("moved"))  # checkpoints do not name the folder that the code was in
     assert run(moved, "python eval.py enc.pt --task loss --langs en").returncode == 0
+    os.truncate(moved / "sample" / "data" / "en.json", 0)  # as if it had not been finished
+    done = run(moved, "python eval.py enc.pt")
+    assert done.returncode == 2 and re.fullmatch(
+        r".*sample/data: not finished: en; run data.py again .*\n", done.stderr
+    )
+    assert [path.name for path in (moved / "sample").iterdir() if "data." in path.name] == []
     shutil.rmtree(moved / "sample" / "data")
     assert run(moved, "python eval.py enc.pt --task loss --langs en").returncode == 0
     moved.rename(checkout)

@@ -2,14 +2,21 @@ import gzip
 import json
 import lzma
 import os
+import re
+import resource
 import shutil
+import subprocess
+import sys
+import time
 from collections import Counter
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
+import cli
 import data
 from data import InputError, TokenData, document_text, find_text, permuted, prepare, raw_documents
 
@@ -87,7 +94,7 @@ def test_bad_files_are_named_with_the_line(tmp_path, data_dir, name, content, co
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         with pytest.raises(InputError, match=complaint):
             prepare(tmp_path / "text", tmp_path / "out", 1000, data_dir / "tokenizer.model", n_workers=workers)
-        assert not (tmp_path / "out" / "meta.json").exists()
+        assert (tmp_path / "out" / "en.json").read_bytes() == b""  # not finished
 
 
 def test_a_line_too_long_is_refused(tmp_path, monkeypatch):
@@ -135,10 +142,10 @@ def test_the_tokenizer_is_reproducible_and_balanced(text_dir):
 
 @pytest.mark.parametrize(
     "vocab_size, complaint",
-    [(0, "it must be from 400"), (399, "it must be from 400"), (10**6, "does not fit"), (10**10, "to 2,000,000")],
+    [(0, "too small"), (399, "smaller than required_chars"), (10**6, "too high"), (10**10, "cannot parse")],
 )
 def test_an_impossible_vocabulary_is_refused(text_dir, tmp_path, vocab_size, complaint):
-    with pytest.raises(InputError, match=f"--vocab-size {vocab_size}:? .*{complaint}"):
+    with pytest.raises(InputError, match=f"--vocab-size {vocab_size} does not fit this text: .*{complaint}"):
         prepare(text_dir, tmp_path / "out", vocab_size)
     assert not any((tmp_path / "out").iterdir())
 
@@ -184,51 +191,11 @@ def test_workers_and_shard_size_change_nothing(text_dir, data_dir, tmp_path, mon
     monkeypatch.setattr(data, "SHARD_TOKENS", 500)
     monkeypatch.setattr(data, "BLOCK_BYTES", 3000)
     meta = prepare(text_dir, tmp_path / "out", 0, data_dir / "tokenizer.model", valid_fraction=0.2, n_workers=2)
-    assert len(meta["languages"]["en"]["train"]) > 3
+    assert len(meta["en"]["train"]) > 3
     for split in ("train", "valid"):
         assert all_tokens(tmp_path / "out", split) == all_tokens(data_dir, split)
     a, b = TokenData(tmp_path / "out", 16), TokenData(data_dir, 16)
     assert all((a.row(i) == b.row(i)).all() for i in range(300))  # rows lie across the edges of shards
-
-
-def test_parts_of_several_machines_are_the_same_data(text_dir, data_dir, tmp_path, capsys):
-    """However many parts, made in any order, in one folder or copied into one: the same rows as of one machine."""
-    for language in ("de", "en", "hi"):  # files to share out, one of them far larger than the others
-        text = (text_dir / f"{language}.txt").read_text("utf-8").split("\n\n")
-        for number, documents in enumerate((text[:1], text[1:2], text[2:])):
-            (tmp_path / "text" / language).mkdir(parents=True, exist_ok=True)
-            (tmp_path / "text" / language / f"{number}.txt").write_text("\n\n".join(documents), "utf-8")
-    whole = TokenData(data_dir, 16)
-    for n in (2, 3, 20):
-        (out := tmp_path / f"out{n}").mkdir()
-        (out / "tokenizer.model.0.tmp").touch()  # that another part is just writing
-        for i in reversed(range(1, n + 1)):
-            part = prepare(tmp_path / "text", out, 0, data_dir / "tokenizer.model", 0.2, part=(i, n))
-            data.print_table(part)
-            if i > 1:
-                with pytest.raises(InputError, match=rf"no meta\.1of{n}\.json"):
-                    TokenData(out, 16)
-        with pytest.raises(InputError, match=rf"\.2of{n}\..*: there already; remove \*\.2of{n}\.\* to"):
-            prepare(tmp_path / "text", out, 0, data_dir / "tokenizer.model", 0.2, part=(2, n))
-        split = TokenData(out, 16)
-        assert all((whole.row(i) == split.row(i)).all() for i in range(300))
-        assert all((whole.valid_row(x, 0) == split.valid_row(x, 0)).all() for x in whole.languages)
-        assert whole.fingerprint == split.fingerprint
-        for x in whole.languages:
-            assert all(
-                whole.meta["languages"][x][key] == split.meta["languages"][x][key] for key in ("documents", "words")
-            )
-    entries = [json.loads((tmp_path / "out3" / f"meta.{i}of3.json").read_text())["languages"] for i in (1, 2, 3)]
-    n_bytes = [sum(entry["bytes"] for entry in part.values()) for part in entries]
-    assert min(n_bytes) > 0 and max(n_bytes) < 2 * sum(n_bytes) / 3
-    prepare(tmp_path / "text", tmp_path / "other", 0, data_dir / "tokenizer.model", 0.4, part=(1, 3))
-    shutil.copy(tmp_path / "other" / "meta.1of3.json", tmp_path / "out3")
-    with pytest.raises(InputError, match=r"meta\.2of3\.json: its part has .*0\.2.*, others not"):
-        TokenData(tmp_path / "out3", 16)
-    (tmp_path / "another.model").write_bytes(data.train_tokenizer(find_text(text_dir), 900, seed=0))
-    with pytest.raises(InputError, match="other/tokenizer.model: another part's, not that of --tokenizer"):
-        prepare(tmp_path / "text", tmp_path / "other", 0, tmp_path / "another.model", 0.4, part=(2, 3))
-    assert (tmp_path / "other" / "tokenizer.model").read_bytes() == (data_dir / "tokenizer.model").read_bytes()
 
 
 def test_the_split_follows_the_text_not_its_place(text_dir, data_dir, tmp_path):
@@ -245,15 +212,21 @@ def test_a_document_without_text_is_none(data_dir, tmp_path):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "en.jsonl").write_text('{"text": "a river"}\n{"text": ""}\n{"text": "a house"}\n')
     meta = prepare(tmp_path / "text", tmp_path / "out", 0, data_dir / "tokenizer.model", valid_fraction=0)
-    assert meta["languages"]["en"]["documents"] == 2
+    assert meta["en"]["documents"] == 2
 
 
-def test_the_table(data_dir, capsys):
-    meta = json.loads((data_dir / "meta.json").read_text())
+def test_the_table_warns_of_too_little_text(data_dir, capsys):
+    meta = data.read_meta(data_dir)
+    meta["hi"]["valid"] = {"hi.valid.000.bin": 400}
     data.print_table(meta)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["language", "de", "en", "hi"]
-    assert lines[2].split()[1] == "15" and 99 < sum(float(line.split()[-1][:-1]) for line in lines[1:]) < 101
+    *table, few, held_out = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in table] == ["language", "de", "en", "hi"]
+    assert table[2].split()[1] == "15" and 99 < sum(float(line.split()[-1][:-1]) for line in table[1:]) < 101
+    assert few.startswith("warning: under 100,000 tokens to train on") and few.endswith(": de, en, hi; add text")
+    assert re.search(r"few tokens held out, .*: hi 400; add text, or remove <lang>\.\*", held_out)
+    meta = {x: entry | {"train": {"x.bin": 10**6}, "valid": {"y.bin": 10**4}} for x, entry in meta.items()}
+    data.print_table(meta)
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_unigram_entropy(data_dir):
@@ -262,29 +235,34 @@ def test_unigram_entropy(data_dir):
     assert TokenData(data_dir, 16).unigram_entropy("en") == pytest.approx(-(p * np.log(p)).sum())
 
 
+def changed(path, offset):
+    raw = bytearray(path.read_bytes())
+    raw[offset] ^= 1
+    path.write_bytes(raw)
+
+
 @pytest.mark.parametrize(
     "damage, complaint",
     [
-        (lambda f: (f / "meta.json").unlink(), "no meta.json in it, data.py did not finish; remove it"),
         (
-            lambda f: [path.unlink() for path in f.iterdir() if path.suffix != ".bin"],
-            "no meta.json in it; `python data.py .*copy DATA` makes",
+            lambda f: (f / "en.json").write_text(""),
+            "not finished: en; run data.py again with --tokenizer .*tokenizer.model",
         ),
-        (lambda f: (f / "meta.json").write_text("{"), "meta.json: damaged"),
-        (lambda f: (f / "meta.json").write_text("{}"), "meta.json: damaged"),
-        (lambda f: (f / "meta.json").rename(f / "meta.1of2.json"), r"no meta\.2of2\.json: run that part"),
-        (lambda f: shutil.copy(f / "meta.json", f / "meta.1of2.json"), r"no meta\.2of2\.json: run that part"),
-        (lambda f: shutil.copy(f / "meta.json", f / "meta.old.json"), r"meta\.old\.json is not of the same parts"),
-        (lambda f: (f / "tokenizer.model").unlink(), r"tokenizer\.model: cannot be read"),
+        (lambda f: [path.unlink() for path in f.glob("*.json")], "not finished: every language; run data.py again"),
+        (lambda f: shutil.rmtree(f), "copy: no such folder; name one made by data.py"),
+        (lambda f: (f / "tokenizer.model").unlink(), r"no tokenizer.model in it; `python data.py .*copy DATA` makes"),
         (lambda f: (f / "tokenizer.model").write_bytes(b"x"), "not a SentencePiece model"),
-        (lambda f: (f / "en.train.000.bin").unlink(), r"en\.train\.000\.bin: cannot be read"),
-        (lambda f: (f / "en.train.000.bin").write_bytes(b""), r"en\.train\.000\.bin: not a shard"),
-        (lambda f: (f / "en.train.000.bin").write_bytes((f / "en.train.000.bin").read_bytes()[:-2]), "bytes, not the"),
+        (lambda f: (f / "en.json").write_text('{"documents": 15'), "en.json: not what data.py writes of a language"),
+        (lambda f: (f / "config.json").write_text('{"d_model": 32}'), "config.json: not what data.py writes"),
+        (lambda f: (f / "list.json").write_text("[]"), "list.json: not what data.py writes"),
         (
-            lambda f: (f / "en.valid.000.bin").write_bytes((f / "en.valid.000.bin").read_bytes() + b"xx"),
-            "bytes, not the",
+            lambda f: (f / "en.train.000.bin").unlink(),
+            r"en\.train\.000\.bin: 0 bytes, not the .* remove .*en\.\* and run",
         ),
-        (lambda f: (f / "en.train.000.bin").write_bytes(b"tokens01" + bytes(5000)), "not a shard of this folder's tok"),
+        (lambda f: os.truncate(f / "en.train.000.bin", 1000), r"en\.train\.000\.bin: 1000 bytes, not the"),
+        (lambda f: shutil.copy(f / "de.train.000.bin", f / "en.train.000.bin"), "bytes, not the"),
+        (lambda f: changed(f / "en.valid.000.bin", 10), "not a shard of this folder's tokenizer; remove .*en"),
+        (lambda f: changed(f / "en.valid.000.bin", 24), "not a shard of this folder's tokenizer"),
     ],
 )
 def test_a_damaged_data_folder_is_refused(data_dir, tmp_path, damage, complaint):
@@ -292,6 +270,15 @@ def test_a_damaged_data_folder_is_refused(data_dir, tmp_path, damage, complaint)
     damage(tmp_path / "copy")
     with pytest.raises(InputError, match=complaint):
         TokenData(tmp_path / "copy", 16)
+
+
+def test_a_token_over_the_vocabulary_is_refused(data_dir, tmp_path):
+    shutil.copytree(data_dir, tmp_path / "copy")
+    for path in (tmp_path / "copy").glob("*.train.000.bin"):
+        raw = path.read_bytes()
+        path.write_bytes(raw[: data.HEADER] + b"\xff" * (len(raw) - data.HEADER))
+    with pytest.raises(cli.OneProcessError, match="a shard holds token 65535, over the vocabulary; remove .*copy/"):
+        TokenData(tmp_path / "copy", 16).row(0)
 
 
 def test_too_little_for_a_row_is_refused(data_dir):
@@ -356,6 +343,123 @@ def test_a_row_depends_on_seed_and_index_alone(data_dir):
     assert len(again.row(10**15)) == 32  # seeking far costs nothing
 
 
+# A folder that grows -----------------------------------------------------------------------------------------------
+
+
+def some(text_dir, folder, *languages):
+    """A folder with the text of some languages."""
+    folder.mkdir()
+    for language in languages:
+        shutil.copy(text_dir / f"{language}.txt", folder)
+    return folder
+
+
+def assert_same_data(folder, other):
+    a, b = TokenData(folder, 16), TokenData(other, 16)
+    assert a.fingerprint == b.fingerprint
+    assert all((a.row(i) == b.row(i)).all() for i in range(300))
+    assert all((a.valid_row(x, 0) == b.valid_row(x, 0)).all() for x in a.languages)
+    assert data.read_meta(folder) == data.read_meta(other)
+    assert not [*folder.glob("*tmp*")]
+
+
+def test_a_language_is_added_and_the_others_are_kept(text_dir, data_dir, tmp_path, capsys):
+    out, model = tmp_path / "out", data_dir / "tokenizer.model"
+    assert prepare(some(text_dir, tmp_path / "one", "en"), out, 0, model, 0.2).keys() == {"en"}
+    before = (out / "en.train.000.bin").stat()
+    assert prepare(text_dir, out, 0, out / "tokenizer.model", 0.2).keys() == {"de", "en", "hi"}
+    assert capsys.readouterr().out == "en: encoded already, with --seed 0 --valid-fraction 0.2\n"
+    assert (out / "en.train.000.bin").stat() == before
+    assert_same_data(out, data_dir)
+
+
+def test_two_processes_encode_different_languages_into_one_folder(text_dir, data_dir, tmp_path):
+    some(text_dir, tmp_path / "a", "de", "hi")
+    some(text_dir, tmp_path / "b", "en")
+    flags = ["out", "--tokenizer", data_dir / "tokenizer.model", "--valid-fraction", "0.2"]
+    lines = [[sys.executable, ROOT / "data.py", name, *flags] for name in "ab"]
+    runs = [subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.DEVNULL) for line in lines]
+    assert [run.wait(100) for run in runs] == [0, 0]
+    assert_same_data(tmp_path / "out", data_dir)
+
+
+def test_a_killed_run_is_continued_by_the_same_command(text_dir, data_dir, script, tmp_path):
+    some(text_dir, tmp_path / "text", "de", "en", "hi")
+    for language in ("en", "hi"):  # long enough to be killed in
+        (tmp_path / "text" / f"{language}.txt").write_bytes((text_dir / f"{language}.txt").read_bytes() * 300)
+    flags = ["text", "out", "--tokenizer", data_dir / "tokenizer.model", "--valid-fraction", "0.2"]
+    run = subprocess.Popen([sys.executable, ROOT / "data.py", *flags], cwd=tmp_path, stdout=subprocess.PIPE)
+    while not [*(tmp_path / "out").glob("en.*.tmp/en.train.*.bin")]:
+        assert run.poll() is None
+        time.sleep(0.01)
+    run.kill()
+    run.communicate(timeout=30)  # until the workers, which have the pipe too, have ended
+    with pytest.raises(InputError, match="out: not finished: en, hi; run data.py again with .*out/tokenizer.model"):
+        TokenData(tmp_path / "out", 16)
+    done = script("data.py", *flags)
+    assert done.returncode == 0 and done.stdout.startswith("de: encoded already")
+    assert script("data.py", "text", "whole", *flags[2:]).returncode == 0
+    assert_same_data(tmp_path / "out", tmp_path / "whole")
+
+
+def test_a_language_from_other_files_is_refused(text_dir, data_dir, tmp_path):
+    text, flags = some(text_dir, tmp_path / "text", "de", "en"), (0, data_dir / "tokenizer.model", 0.2)
+    prepare(text, tmp_path / "out", *flags)
+    (text / "en").mkdir()
+    (text / "en" / "more.txt").write_text("a river\n")
+    with pytest.raises(InputError, match=r"'en' is made from other files \(en/more\.txt is .*; remove .*out/en\.\* to"):
+        prepare(text, tmp_path / "out", *flags)
+    (text / "en" / "more.txt").unlink()
+    (text / "en.txt").write_bytes((text / "en.txt").read_bytes() + b"\na river\n")
+    with pytest.raises(InputError, match=r"\(en\.txt is new, gone or of another size\)"):
+        prepare(text, tmp_path / "out", *flags)
+    for path in (tmp_path / "out").glob("en.*"):
+        path.unlink()
+    assert prepare(text, tmp_path / "out", *flags)["en"]["documents"] == 16
+
+
+def test_another_runs_unfinished_language_is_told_of(text_dir, data_dir, tmp_path, capsys):
+    out, model = tmp_path / "out", data_dir / "tokenizer.model"
+    prepare(some(text_dir, tmp_path / "a", "de"), out, 0, model, 0.2)
+    (out / "hi.json").touch()
+    assert prepare(some(text_dir, tmp_path / "b", "en"), out, 0, model, 0.2).keys() == {"de", "en"}
+    assert capsys.readouterr().out.startswith(f"{out}: not finished: hi; another run of data.py")
+
+
+def test_a_language_with_nothing_held_out_is_refused_and_the_others_are_encoded(text_dir, data_dir, tmp_path):
+    text, out, model = some(text_dir, tmp_path / "text", "de", "hi"), tmp_path / "out", data_dir / "tokenizer.model"
+    (text / "en.txt").write_text("a river\n")
+    with pytest.raises(InputError, match="en: no document to train on, or none held out .*--valid-fraction, then run"):
+        prepare(text, out, 0, model, 0.2)
+    assert {x: bool(entry) for x, entry in data.read_meta(out, unfinished=True).items()} == dict(de=1, en=0, hi=1)
+    assert prepare(text, out, 0, model, 0)["en"]["valid"] == {}
+
+
+@pytest.mark.parametrize("n_bytes", [100, 5000], ids=["tokenizer", "shard"])
+def test_a_full_disk_is_one_line_and_nothing_is_half_there(text_dir, data_dir, script, tmp_path, n_bytes):
+    some(text_dir, tmp_path / "text", "de", "en", "hi")
+    if n_bytes > 1000:  # the tokenizer is there
+        prepare(some(text_dir, tmp_path / "one", "hi"), tmp_path / "out", 0, data_dir / "tokenizer.model", 0.2)
+    line = ["data.py", "text", "out", "--tokenizer", data_dir / "tokenizer.model", "--valid-fraction", "0.2"]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))  # what a file may hold
+    full = script(*line, preexec_fn=limit)
+    assert full.returncode == 2 and len(full.stderr.splitlines()) == 1 and "make room" in full.stderr
+    assert not [*(tmp_path / "out").glob("*tmp*")]
+    assert [path.name for path in (tmp_path / "out").glob("*.json") if path.read_bytes()] in ([], ["hi.json"])
+    with pytest.raises(InputError):
+        TokenData(tmp_path / "out", 16)
+    assert script(*line).returncode == 0
+    assert_same_data(tmp_path / "out", data_dir)
+
+
+def test_another_tokenizer_than_the_folders_is_refused(text_dir, data_dir, tmp_path):
+    shutil.copytree(data_dir, tmp_path / "out")
+    (tmp_path / "new.model").write_bytes(data.train_tokenizer(find_text(text_dir), 900, seed=0))
+    with pytest.raises(InputError, match=r"new\.model: not that of .*out; give --tokenizer .*out/tokenizer\.model"):
+        prepare(text_dir, tmp_path / "out", 0, tmp_path / "new.model", 0.2)
+    assert_same_data(tmp_path / "out", data_dir)
+
+
 # The command -------------------------------------------------------------------------------------------------------
 
 
@@ -365,29 +469,30 @@ def test_a_row_depends_on_seed_and_index_alone(data_dir):
         (["missing", "out"], "missing: no such folder"),
         (["empty", "out"], "empty: no text in it"),
         (["blank", "out"], "no text"),
-        (["text", "full"], "full: exists and is not an empty folder"),
+        (["text", "full"], "full: not empty; name another"),
+        (["text", "full", "--tokenizer", "data/tokenizer.model"], "full: not empty; name another"),
+        (["text", "data"], "data: not empty; to continue it or add languages, give --tokenizer data/tokenizer.model"),
+        (["text", "text/data"], "text/data: inside text, where it would be taken for text; name another folder"),
         (["text", "out", "--valid-fraction", "1"], "--valid-fraction 1.0"),
         (["text", "out", "--seed", "-1"], "--seed -1: it must be from 0"),
-        (["text", "full/precious/out"], "full/precious/out: cannot be read or made (Not a directory)"),
+        (["text", "full/precious/out"], "full/precious/out: not a directory; "),
         (["text", "out", "--tokenizer", "nowhere"], "nowhere: cannot be read (No such file"),
         (["text", "out", "--vocab-size", "lots"], "--vocab-size"),
-        (["text", "out", "--part", "3/2"], "--part 3/2: it must be I/N"),
-        (["text", "out", "--part", "2"], "--part 2: it must be I/N"),
-        (["text", "out", "--part", "1/2"], "--part 1/2: the parts need one tokenizer"),
         (["twice", "out"], "twice/en.txt and en.txt.gz: one file, packed and not; remove either"),
-        (["odd", "out"], "'espa\\udcf1ol.txt': a name that is not UTF-8, or not printable; rename it"),
         (["text", "out", "--vocab-size", "900000"], "--vocab-size 900000 does not fit this text"),
     ],
 )
-def test_bad_commands(script, tmp_path, text_dir, arguments, complaint):
+def test_bad_commands(script, tmp_path, text_dir, data_dir, arguments, complaint):
     for folder in ("empty", "blank", "full"):
         (tmp_path / folder).mkdir()
     (tmp_path / "blank" / "en.txt").write_text("\n \n")
     (tmp_path / "full" / "precious").write_text("data")
-    for name in ("twice/en.txt", "twice/en.txt.gz", os.fsdecode(b"odd/espa\xf1ol.txt")):
+    for name in ("twice/en.txt", "twice/en.txt.gz"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("a")
     shutil.copytree(text_dir, tmp_path / "text")
+    shutil.copytree(data_dir, tmp_path / "data")
     result = script("data.py", *arguments)
     assert result.returncode == 2 and complaint in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
-    assert (tmp_path / "full" / "precious").read_text() == "data" and not (tmp_path / "out" / "meta.json").exists()
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["precious"]
+    assert not [*tmp_path.glob("out/*")] and not (tmp_path / "text" / "data").exists()

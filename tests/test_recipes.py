@@ -152,7 +152,7 @@ while [ $# -gt 0 ]; do [ "$1" != --out ] || echo made >> "$2"; shift; done
             (tmp_path / "tasks" / task / language).mkdir(parents=True)
             (tmp_path / "tasks" / task / language / "test.x").touch()
     (tmp_path / "shards").mkdir()
-    for name in ("de.train.000.bin", "en.train.1of2.000.bin", "hi.train.000.bin", "meta.json", "tokenizer.model"):
+    for name in ("de.train.000.bin", "en.train.000.bin", "en.train.001.bin", "hi.json", "tokenizer.model"):
         (tmp_path / "shards" / name).touch()
 
     def run(*flags: str, **environment: str) -> tuple[subprocess.CompletedProcess, list[str]]:
