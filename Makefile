@@ -1,12 +1,13 @@
-# make demo   the four packages, then the three commands on the embedded corpus, into demo/
-# make test   the packages of the tests, then the tests; a second environment, of an older transformers, reads exports
-# make bench  speed and memory beside transformers and nn.Transformer (70 minutes)
-# make soak   200 kills of training runs at random instants, each resumed (about 10 minutes)
+# make demo      the four packages, then the three commands on the embedded corpus, into demo/
+# make test      the packages of the tests, then the quick tests, two at a time
+# make test-all  every test, in two versions of transformers, and 40 kills of training runs
+# make bench     speed and memory beside transformers and nn.Transformer (70 minutes)
+# make soak      200 kills of training runs at random moments, each resumed (about 10 minutes)
 
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
 
-.PHONY: demo test bench soak clean
+.PHONY: demo test test-all bench soak clean
 
 .venv/four: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -29,8 +30,12 @@ demo: .venv/four
 	cd demo && $(BIN)/python ../eval.py enc.pt --langs en
 	cd demo && $(BIN)/python ../eval.py seq2seq.pt --langs en
 
-test: .venv/ready .venv-old/ready
-	TRANSFORMERS_OLD=$(CURDIR)/.venv-old/bin/python $(BIN)/python -m pytest
+test: .venv/ready
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: test .venv-old/ready
+	TRANSFORMERS_OLD=$(CURDIR)/.venv-old/bin/python $(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python tests/soak.py --kills 40
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/throughput.py

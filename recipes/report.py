@@ -124,36 +124,22 @@ def loss_table(results: list[dict], kind: str) -> str:
 SWEEP = ("2stage-bart-12e12d", "2stage-bart-12e12d-unfrz", "unfreeze-at-")  # rows that differ only in --unfreeze-at
 
 
-def sweep(results: list[dict]) -> dict[float, dict[str, list[dict]]]:
-    """Losses and generation scores of the second stages that differ in the point of unfreezing alone: point -> task ->
-    results; of the seeds of pre-training that every point has.
+def sweep(results: list[dict]) -> tuple[dict[float, dict[str, list[dict]]], set[int]]:
+    """Second stages that differ only in the point of unfreezing: point -> task -> results; and the seeds of
+    pre-training that all points have, to which they are limited.
     """
-    rows, seeds = [], {}
-    for r in results:
-        if r["task"] in ("loss", *GENERATION) and (r["row"] in SWEEP or r["row"].startswith(SWEEP[-1])):
-            if not {"unfreeze_at", "seed"} <= r["settings"].keys():
-                continue  # of that name, but none of our training scripts'
-            at, seed = r["settings"]["unfreeze_at"], r["settings"]["seed"]
-            rows.append((at, seed, r))
-            if r["task"] == "loss":
-                seeds.setdefault(at, set()).add(seed)
-    shared = set.intersection(*seeds.values()) if seeds else set()
-    points: dict[float, dict[str, list[dict]]] = {at: {} for at in sorted(seeds) if shared}
-    for at, seed, r in rows:
-        if at in points and seed in shared:
-            points[at].setdefault(r["task"], []).append(r)
-    return points
-
-
-def seeds_of(points: dict[float, dict[str, list[dict]]]) -> set[int]:
-    """The seeds of pre-training that a sweep is of."""
-    return {r["settings"]["seed"] for by_task in points.values() for r in by_task["loss"]}
-
-
-def from_scratch(results: list[dict], points: dict[float, dict[str, list[dict]]], task: str) -> list[dict]:
-    """Results in a task of the model that a sweep is compared with, of the sweep's own seeds of pre-training."""
-    rows = [r for r in results if r["row"] == "bart-12e12d" and r["kind"] == "seq2seq" and r["task"] == task]
-    return [r for r in rows if r["settings"].get("seed") in seeds_of(points)]
+    chosen = [r for r in results if r["row"] in SWEEP[:2] or r["row"].startswith(SWEEP[2])]
+    chosen = [
+        r for r in chosen if r["task"] in ("loss", *GENERATION) and {"unfreeze_at", "seed"} <= r["settings"].keys()
+    ]
+    trained = {(r["settings"]["unfreeze_at"], r["settings"]["seed"]) for r in chosen if r["task"] == "loss"}
+    shares, seeds = ({pair[k] for pair in trained} for k in (0, 1))
+    seeds = {seed for seed in seeds if all((share, seed) in trained for share in shares)}
+    points: dict[float, dict[str, list[dict]]] = {share: {} for share in sorted(shares) if seeds}
+    for r in chosen:
+        if r["settings"]["unfreeze_at"] in points and r["settings"]["seed"] in seeds:
+            points[r["settings"]["unfreeze_at"]].setdefault(r["task"], []).append(r)
+    return points, seeds
 
 
 def sweep_table(results: list[dict], points: dict[float, dict[str, list[dict]]]) -> str:
@@ -179,8 +165,9 @@ def tables(results: list[dict]) -> str:
             text += f"Held-out losses:\n\n{table}\n"
     text += "Mean ± standard deviation over the runs; scores in percent, FLOPs of the whole history. `pair saved`: of "
     text += "the\nFLOPs of `roberta-12e` and `bart-12e12d`, where a history has both models in it.\n"
-    if len(points := sweep(results)) > 1:
-        seeds = " and ".join(map(str, sorted(seeds_of(points))))
+    points, seeds = sweep(results)
+    if len(points) > 1:
+        seeds = " and ".join(map(str, sorted(seeds)))
         text += f"\n# When to unfreeze (seed {seeds} of pre-training)\n\n{sweep_table(results, points)}"
     return text
 
@@ -210,9 +197,9 @@ def plot_scores(results: list[dict], out: Path) -> str:
 
 
 def curves(results: list[dict]) -> dict[str, dict[str, list[dict]]]:
-    """Kind of model -> run -> its held-out losses, of every run whose folder is where the results say.
+    """Kind of model -> run -> its held-out losses, of every run whose log is beside its results.
 
-    A run that is not in the folder of the first result has its own folder's name before its own.
+    Runs outside the folder of the first results are named with their folder.
     """
     found: dict[str, dict[str, list[dict]]] = {}
     first = results[0]["path"].parent
@@ -225,9 +212,7 @@ def curves(results: list[dict]) -> dict[str, dict[str, list[dict]]]:
 
 
 def plot_losses(results: list[dict], out: Path) -> str:
-    """A panel of curves for each kind of model, since their losses are of other objectives. The name of the figure, ""
-    where there is none.
-    """
+    """Curves in a panel for each kind of model, since their losses have other objectives; the figure's name, or ""."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -247,35 +232,30 @@ def plot_losses(results: list[dict], out: Path) -> str:
 
 
 def plot_sweep(results: list[dict], out: Path) -> str:
-    """Held-out loss, generation scores and compute against the point of unfreezing, with the standard deviation over
-    the runs. Its name, "" for less than two points.
-    """
+    """Held-out loss and generation scores against the point of unfreezing, beside the model from scratch; its name."""
     from matplotlib.figure import Figure
 
-    if len(points := sweep(results)) < 2:
+    points, seeds = sweep(results)
+    if len(points) < 2:
         return ""
 
-    def mean_and_sd(of: list[dict]) -> tuple[float, float]:
-        runs = by_run(of)
+    def mean_and_sd(chosen: list[dict]) -> tuple[float, float]:
+        runs = by_run(chosen)
         return statistics.mean(runs), statistics.stdev(runs) if len(runs) > 1 else 0.0
 
     tasks = ["loss", *(task for task in GENERATION if any(task in by_task for by_task in points.values()))]
     figure = Figure(figsize=(5.5 * len(tasks), 4), layout="constrained")
-    panels = figure.subplots(1, len(tasks), squeeze=False)
-    for axes, task in zip(panels[0], tasks):
-        means = {at: mean_and_sd(by_task[task]) for at, by_task in points.items() if task in by_task}
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks):
+        means = {share: mean_and_sd(by_task[task]) for share, by_task in points.items() if task in by_task}
         axes.errorbar(list(means), *zip(*means.values()), fmt="o-", capsize=3, label="two stages")
-        if scratch := from_scratch(results, points, task):
+        scratch = [r for r in results if r["row"] == "bart-12e12d" and r["task"] == task and r["kind"] == "seq2seq"]
+        if scratch := [r for r in scratch if r["settings"].get("seed") in seeds]:
             mean, sd = mean_and_sd(scratch)
             axes.axhline(mean, linestyle="--", label="from scratch")
             axes.axhspan(mean - sd, mean + sd, alpha=0.2)
         label = "held-out loss, nats" if task == "loss" else f"{task}, {METRICS[task][0]}, %"
         axes.set(xlabel="--unfreeze-at", ylabel=label)
-        if task == "loss":
-            axes.legend(loc="upper center")
-    right = panels[0][0].twinx()
-    right.plot(list(points), [by_task["loss"][0]["flops"] for by_task in points.values()], "s:", color="gray")
-    right.set_ylabel("FLOPs of both stages (dotted)")
+        axes.legend()
     figure.savefig(out / "unfreeze-at.png", dpi=120)
     return "unfreeze-at.png"
 
