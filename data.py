@@ -22,6 +22,7 @@ import random
 import shutil
 import tempfile
 import zlib
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -29,6 +30,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from hashlib import blake2b, sha256
 from heapq import heappop, heappush
+from itertools import accumulate
 from multiprocessing import parent_process
 from pathlib import Path
 from threading import Thread
@@ -50,8 +52,7 @@ MAX_LINE = 1 << 24  # bytes; JSON parsed takes up to 25 times its size
 TOKENIZER_CHARS = 8_000_000  # characters the tokenizer is trained on, in equal shares of the languages
 BLOCK_BYTES = 1 << 19  # text handed to a worker at a time
 SHARD_TOKENS = 1 << 28
-MAGIC = b"tokens01"
-HEADER = 32  # bytes: the magic, 16 of the tokenizer's sha256, the number of tokens
+MAGIC, HEADER = b"tokens01", 32  # bytes: the magic, 16 of the tokenizer's sha256, the number of tokens
 ENTRY = {"documents", "bytes", "words", "train", "valid", "seed", "valid_fraction", "files"}  # what <lang>.json holds
 AGAIN = "run data.py again with --tokenizer {}/tokenizer.model"
 FEW_TOKENS, LONG_ROW = 100_000, 512  # a language with less to train on, or less held out, gets a warning
@@ -341,19 +342,17 @@ def read_meta(folder: Path, unfinished: bool = False) -> dict[str, dict]:
             raise InputError(f"{path}: not what data.py writes of a language; remove it or the folder") from None
     if not unfinished and not (meta and all(meta.values())):
         names = ", ".join(x for x in meta if not meta[x]) or "every language"
-        remedy = f"{AGAIN.format(folder)}, or remove the .json of those you can do without"
-        raise InputError(f"{folder}: not finished: {names}; {remedy}")
+        raise InputError(f"{folder}: not finished: {names}; {AGAIN.format(folder)}, or remove <lang>.json of some")
     return meta
 
 
 def _write_language(data_dir: Path, language: str, encoded: Iterator[tuple], model: bytes, origin: dict) -> bool:
     """Writes a language's shards, then <lang>.json, into which `origin` goes too: its seed, valid_fraction and files.
-
-    Writes neither, and returns False, where no text is left to train on, or none is held out that should be.
+    Or neither, and returns False, where no text is left to train on, or none is held out that should be.
     """
     for leftover in data_dir.glob(f"{language}.*.tmp"):  # of a run that was killed
         shutil.rmtree(leftover, ignore_errors=True)
-    shards, totals, entry = {"train": {}, "valid": {}}, np.zeros(3, np.int64), f"{language}.json"
+    shards, totals, account = {"train": {}, "valid": {}}, np.zeros(3, np.int64), f"{language}.json"
     with tempfile.TemporaryDirectory(prefix=f"{language}.", suffix=".tmp", dir=data_dir) as name:
         folder = Path(name)
         for tokens, counts in encoded:
@@ -366,8 +365,8 @@ def _write_language(data_dir: Path, language: str, encoded: Iterator[tuple], mod
             with open(folder / shard, "r+b") as file:
                 file.write(_header(model, n))
         counts = dict(zip(("documents", "bytes", "words"), totals.tolist()))
-        (folder / entry).write_text(json.dumps(counts | shards | origin, indent=1), "utf-8")
-        for new in (*shards["train"], *shards["valid"], entry):
+        (folder / account).write_text(json.dumps(counts | shards | origin, indent=1), "utf-8")
+        for new in (*shards["train"], *shards["valid"], account):
             (folder / new).rename(data_dir / new)
     return True
 
@@ -391,9 +390,7 @@ def _open_folder(data_dir: Path, given: Path | None, text: dict[str, list[Path]]
 
 
 def _to_encode(data_dir: Path, files: dict[str, dict[str, int]]) -> list[str]:
-    """Those of the languages, whose files are given as name -> bytes, that a data folder does not have; says which it
-    has. Raises InputError for one that it has from other files.
-    """
+    """The languages that a data folder does not have; says which it has. InputError where it has one of other files."""
     meta = read_meta(data_dir, unfinished=True)
     for language, entry in meta.items():
         if entry and language in files:
@@ -454,9 +451,7 @@ def shares(tokens: dict[str, int], alpha: float) -> dict[str, float]:
 
 
 def print_table(meta: dict[str, dict]) -> None:
-    """Prints what a data folder holds, its sampling shares at the default exponent of 0.5, and which languages have
-    little to train on or to hold out.
-    """
+    """Prints what a data folder holds, its shares at the default alpha of 0.5, and which languages have too little."""
     train, valid = ({x: sum(entry[split].values()) for x, entry in meta.items()} for split in ("train", "valid"))
     share = shares(train, 0.5)
     print("language  documents      tokens    held out         bytes  tokens/word  share")
@@ -486,15 +481,15 @@ class _Tokens:
                 raise InputError(f"{path}: {size} bytes, not the {expected} of {n} tokens; {self.remedy}")
             if np.fromfile(path, np.uint8, HEADER).tobytes() != _header(model, n):
                 raise InputError(f"{path}: not a shard of this folder's tokenizer; {self.remedy}")
-            self.maps.append(np.memmap(path, type_, "r", HEADER))
-        self.ends = np.cumsum([0] + [len(tokens) for tokens in self.maps])
+            self.maps.append(np.memmap(path, type_, "r", HEADER).view(np.ndarray))  # whose slices cost a fifth
+        self.ends = [0, *accumulate(shards.values())]
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return self.ends[-1]
 
     def read(self, start: int, length: int) -> np.ndarray:  # [length]
         """Tokens from `start` on. Raises OneProcessError for one that the vocabulary does not have."""
-        shard = int(np.searchsorted(self.ends, start, "right")) - 1
+        shard = bisect_right(self.ends, start) - 1
         tokens = self.maps[shard][start - self.ends[shard] :][:length].astype(np.int64)
         if len(tokens) < length:  # the rest is in the shards behind
             tokens = np.concatenate([tokens, self.read(start + len(tokens), length - len(tokens))])
