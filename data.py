@@ -2,8 +2,7 @@
 
     python data.py TEXT_DIR DATA_DIR --vocab-size 150000
 
-TEXT_DIR holds <lang>.<ext> or <lang>/*, ext being txt (documents parted by blank lines), jsonl or json (one object a
-line with its text under "text", as mC4 is released), each also .gz or .xz. DATA_DIR gets tokenizer.model, shards
+TEXT_DIR holds <lang>.<ext> or <lang>/* of any format that text.py reads. DATA_DIR gets tokenizer.model, shards
 <lang>.<split>.<number>.bin and, last of all, meta.json: a folder without it is not finished. With --part i/n each of
 n machines encodes its share of the files; their shards and metas, in one folder, are the same data.
 
@@ -12,10 +11,8 @@ documents closed by </s>. Sample i is a pure function of (seed, i).
 """
 
 import argparse
-import gzip
 import io
 import json
-import lzma
 import os
 import random
 import re
@@ -36,16 +33,15 @@ from tqdm import tqdm
 
 from cli import InputError, OneProcessError, run_command
 from objectives import ORDER, SpecialIds, sample_rng
+from text import MAX_LINE, document_text, find_text, print_text, raw_documents, text_lines
+from text import refuse_packed_twice as refuse_packed_twice  # for tasks.py
 
 HERE = Path(__file__).resolve().parent
 SAMPLE_TEXT, SAMPLE_DATA = HERE / "sample" / "text", HERE / "sample" / "data"  # the embedded corpus, and its shards
 SAMPLE_OPTIONS = dict(vocab_size=2000, valid_fraction=0.15, seed=0)
 
-EXTENSIONS = tuple(f".{kind}{packed}" for kind in ("txt", "jsonl", "json") for packed in ("", ".gz", ".xz"))
 TOKENIZER_CHARS = 8_000_000  # characters the tokenizer is trained on, in equal shares of the languages
 BLOCK_BYTES = 1 << 19  # text handed to a worker at a time
-MAX_DOCUMENT = 1 << 20  # bytes; a longer run of lines without a blank one is cut, so that memory stays constant
-MAX_LINE = 1 << 24  # bytes; JSON parsed takes up to 25 times its size
 MAX_MODEL = 1 << 26  # bytes of a tokenizer.model
 MIN_VOCAB, MAX_VOCAB = 400, 2_000_000  # special tokens and bytes take 362
 SHARD_TOKENS = 1 << 28
@@ -62,113 +58,10 @@ def refuse_outside(path: Path, folder: Path) -> None:
         raise InputError(f"{path}: a symbolic link out of {folder}; copy the file there instead")
 
 
-def unpacked(path: Path) -> str:
-    """A path without .gz or .xz."""
-    return str(path).removesuffix(".gz").removesuffix(".xz")
-
-
-def refuse_packed_twice(files: list[Path]) -> None:
-    """Raises InputError where a file is there packed and unpacked: its text would count twice."""
-    seen: dict[str, Path] = {}
-    for path in files:
-        if (other := seen.setdefault(unpacked(path), path)) is not path:
-            raise InputError(f"{other} and {path.name}: one file, packed and not; remove either")
-
-
-def find_text(folder: Path) -> dict[str, list[Path]]:
-    """The text files of every language in a folder, in a fixed order.
-
-    Raises InputError if there are none, or for a symbolic link to something outside the folder.
-    """
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; it should hold <lang>.txt or <lang>/*.txt (also jsonl, .gz, .xz)")
-    found: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()):
-        inside = sorted(path.rglob("*")) if path.is_dir() else []
-        for entry in (path, *inside):
-            refuse_outside(entry, folder)
-        files = [p for p in (path, *inside) if p.name.endswith(EXTENSIONS) and p.is_file()]
-        if files and not path.name.startswith("."):
-            if not path.name.isprintable():  # no JSON holds a name that is not UTF-8
-                raise InputError(f"{folder}/{path.name!r}: a name that is not UTF-8, or not printable; rename it")
-            found.setdefault(path.name.split(".")[0], []).extend(files)
-    for files in found.values():
-        refuse_packed_twice(files)
-    if not found:
-        raise InputError(f"{folder}: no text in it; it should hold <lang>.txt or <lang>/*.txt (also jsonl, .gz, .xz)")
-    return found
-
-
-def _is_text(path: Path) -> bool:
-    return unpacked(path).endswith(".txt")
-
-
-def raw_documents(path: Path, progress: Callable[[int], None] = lambda n: None) -> Iterator[tuple[int, bytes]]:
-    """Undecoded documents of a file as (number of the first line, bytes); progress is told of bytes read from disk.
-
-    Raises InputError for a damaged archive or a line over 16 MB.
-    """
-    is_text = _is_text(path)
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, lambda raw: raw)
-    number, first, size, lines, seen = 0, 1, 0, [], 0
-    try:
-        with open(path, "rb") as raw, io.BufferedReader(opener(raw), 1 << 20) as file:
-            while line := file.readline(MAX_LINE):
-                number += 1
-                if len(line) == MAX_LINE:
-                    raise InputError(f"{path}:{number}: a line of over {MAX_LINE >> 20} MB; break it up")
-                blank = not line.strip()
-                if lines and (not is_text or blank or size + len(line) > MAX_DOCUMENT):
-                    yield first, b"".join(lines)
-                    lines, size = [], 0
-                if not blank:
-                    first = first if lines else number
-                    lines.append(line)
-                    size += len(line)
-                if raw.tell() != seen:
-                    progress(raw.tell() - seen)
-                    seen = raw.tell()
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise InputError(f"{path}: a damaged archive after line {number} ({error}); fetch it again") from None
-    except MemoryError:
-        raise InputError(f"{path}: its archive asks for more memory than there is; pack it anew") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    if lines:
-        yield first, b"".join(lines)
-
-
-def document_text(path: Path, number: int, raw: bytes) -> str:
-    """The text of a raw document. Raises InputError with file and line for bad UTF-8, JSON or a missing "text"."""
-    try:
-        text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-        if _is_text(path):
-            return text
-        text = json.loads(text)["text"]
-        if not isinstance(text, str):
-            raise TypeError
-        text.encode()  # JSON can spell half a surrogate pair, which no file can hold
-        return text
-    except UnicodeDecodeError as error:
-        line = number + raw.count(b"\n", 0, error.start)
-        raise InputError(f"{path}:{line}: not UTF-8 (byte {raw[error.start]:#04x}); convert the file") from None
-    except UnicodeEncodeError:
-        raise InputError(f"{path}:{number}: half a surrogate pair in the text; repair or remove the line") from None
-    except (ValueError, RecursionError):
-        raise InputError(f'{path}:{number}: not JSON; each line must be one object with a "text"') from None
-    except (KeyError, TypeError):
-        raise InputError(f'{path}:{number}: no "text" string in this line\'s object') from None
-
-
-def text_lines(text: str) -> list[str]:
-    """The lines of a document that hold anything; a document's tokens are those of its lines, one after the other."""
-    return [line for line in (part.strip("\r") for part in text.split("\n")) if line.strip()]
-
-
 # Tokenizer ---------------------------------------------------------------------------------------------------------
 
 
-def sample_lines(files: list[Path], n_chars: int, seed: int) -> list[str]:
+def sample_lines(files: list[Path], n_chars: int, seed: int, text_field: str = "") -> list[str]:
     """A uniform sample of about n_chars characters of lines, spread over files: from 32 times as much text, or 1 MB of
     each where that is more.
     """
@@ -177,8 +70,8 @@ def sample_lines(files: list[Path], n_chars: int, seed: int) -> list[str]:
     share = max(1 << 20, 32 * n_chars // len(files))
     for path in files:
         read = 0
-        for number, raw in raw_documents(path):
-            for line in text_lines(document_text(path, number, raw)):
+        for number, raw in raw_documents(path, text_field=text_field):
+            for line in text_lines(document_text(path, number, raw, text_field)):
                 line = line[:4000]  # the trainer's limit is in bytes, of which a character has at most four
                 seen, size = seen + 1, size + len(line)
                 heappush(kept, (-rng.random(), seen, line))
@@ -190,7 +83,7 @@ def sample_lines(files: list[Path], n_chars: int, seed: int) -> list[str]:
     return [line for *_, line in sorted(kept)]
 
 
-def train_tokenizer(text: dict[str, list[Path]], vocab_size: int, seed: int) -> bytes:
+def train_tokenizer(text: dict[str, list[Path]], vocab_size: int, seed: int, text_field: str = "") -> bytes:
     """A SentencePiece unigram model (Kudo 2018) in which every Unicode text survives encoding and decoding.
 
     No normalisation, spaces kept, bytes for characters outside the vocabulary; U+2581, SentencePiece's own sign for a
@@ -199,7 +92,8 @@ def train_tokenizer(text: dict[str, list[Path]], vocab_size: int, seed: int) -> 
     """
     if not MIN_VOCAB <= vocab_size <= MAX_VOCAB:
         raise InputError(f"--vocab-size {vocab_size}: it must be from {MIN_VOCAB} to {MAX_VOCAB:,}")
-    lines = [line for files in text.values() for line in sample_lines(files, TOKENIZER_CHARS // len(text), seed)]
+    share = TOKENIZER_CHARS // len(text)
+    lines = [line for files in text.values() for line in sample_lines(files, share, seed, text_field)]
     if not lines:
         raise InputError("no text to train a tokenizer on: every file is empty")
     random.Random(seed).shuffle(lines)
@@ -299,7 +193,9 @@ def _start_worker(model: bytes, seed: int, valid_fraction: float) -> None:
     _worker.update(tokenizer=tokenizer, seed=seed.to_bytes(8, "little"), valid_fraction=valid_fraction)
 
 
-def _encode_block(path: Path, block: list[tuple[int, bytes]]) -> tuple[dict[str, np.ndarray], int, int, int]:
+def _encode_block(
+    path: Path, text_field: str, block: list[tuple[int, bytes]]
+) -> tuple[dict[str, np.ndarray], int, int, int]:
     """Tokens of a block of raw documents by split, and how many documents, bytes and words they have.
 
     The split is decided by a hash of the document's text: it does not depend on how the text is spread over files,
@@ -308,7 +204,7 @@ def _encode_block(path: Path, block: list[tuple[int, bytes]]) -> tuple[dict[str,
     tokenizer, tokens, n_documents, n_bytes, n_words = _worker["tokenizer"], {"train": [], "valid": []}, 0, 0, 0
     type_ = _token_type(tokenizer.vocab_size())
     for number, raw in block:
-        text = document_text(path, number, raw)
+        text = document_text(path, number, raw, text_field)
         lines = text_lines(text)
         if not lines:
             continue
@@ -323,18 +219,20 @@ def _encode_block(path: Path, block: list[tuple[int, bytes]]) -> tuple[dict[str,
     return {split: np.concatenate(parts) for split, parts in tokens.items() if parts}, n_documents, n_bytes, n_words
 
 
-def _blocks(files: list[Path], progress: Callable[[int], None]) -> Iterator[tuple[Path, list[tuple[int, bytes]]]]:
+def _blocks(
+    files: list[Path], progress: Callable[[int], None], text_field: str
+) -> Iterator[tuple[Path, str, list[tuple[int, bytes]]]]:
     """Raw documents of the files, in order, in blocks of about BLOCK_BYTES."""
     for path in files:
         block, size = [], 0
-        for document in raw_documents(path, progress):
+        for document in raw_documents(path, progress, text_field):
             block.append(document)
             size += len(document[1])
             if size > BLOCK_BYTES:
-                yield path, block
+                yield path, text_field, block
                 block, size = [], 0
         if block:
-            yield path, block
+            yield path, text_field, block
 
 
 def _encode(n_workers: int, start_worker: tuple, blocks: Iterator[tuple]) -> Iterator[tuple]:
@@ -386,17 +284,18 @@ def prepare(
     seed: int = 0,
     n_workers: int = 1,
     part: tuple[int, int] = (1, 1),
+    text_field: str = "",
 ) -> dict:
     """Text to tokenizer and shards; returns what it wrote to meta.json. Raises InputError and leaves no meta.json.
 
     part: (i, n) encodes the i-th of n shares of the files, with a tokenizer that all the shares have in common.
     """
-    text = find_text(text_dir)
+    text, _ = find_text(text_dir)
     _refuse_occupied(data_dir, *part)
     infix = "" if part[1] == 1 else f".{part[0]}of{part[1]}"
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        model = read_tokenizer(tokenizer) if tokenizer else train_tokenizer(text, vocab_size, seed)
+        model = read_tokenizer(tokenizer) if tokenizer else train_tokenizer(text, vocab_size, seed, text_field)
         text = _share(text, *part)
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be read or made ({error.strerror}); name another") from None
@@ -415,7 +314,7 @@ def prepare(
                     split: _ShardWriter(data_dir, f"{language}.{split}{infix}", model) for split in ("train", "valid")
                 }
                 totals, start_worker = np.zeros(3, np.int64), (model, seed, valid_fraction)
-                for tokens, *figures in _encode(n_workers, start_worker, _blocks(files, bar.update)):
+                for tokens, *figures in _encode(n_workers, start_worker, _blocks(files, bar.update, text_field)):
                     totals += figures
                     for split, piece in tokens.items():
                         writers[split].write(piece)
@@ -673,7 +572,7 @@ def permuted(i: int, n: int, key: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Text to tokenizer and token shards.")
-    parser.add_argument("text_dir", type=Path, help="folder with <lang>.txt or <lang>/* (txt, jsonl, json; .gz, .xz)")
+    parser.add_argument("text_dir", type=Path, help="folder with <lang>.txt or <lang>/* (also JSON lines, parquet)")
     parser.add_argument("data_dir", type=Path, help="folder to write, must not exist or be empty")
     parser.add_argument(
         "--vocab-size", type=int, default=150_000, help="pieces, special ones included (default %(default)s)"
@@ -688,6 +587,9 @@ def main() -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="of the tokenizer's sample and of the split (default %(default)s)"
     )
+    parser.add_argument(
+        "--text-field", default="", metavar="NAME", help="of JSON or parquet (default: text or content)"
+    )
     args = parser.parse_args()
     if not 0 <= args.valid_fraction < 1:
         raise InputError(f"--valid-fraction {args.valid_fraction}: it must be in [0, 1)")
@@ -699,6 +601,7 @@ def main() -> None:
     args.part = int(part[1]), int(part[2])
     if args.part[1] > 1 and not args.tokenizer:
         raise InputError(f"--part {part[0]}: the parts need one tokenizer; add --tokenizer FILE")
+    print_text(*find_text(args.text_dir), args.text_field)
     print_table(prepare(**vars(args), n_workers=os.cpu_count() or 1))
 
 
