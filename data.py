@@ -3,9 +3,8 @@
     python data.py TEXT DATA --vocab-size 150000                         a new data folder
     python data.py TEXT DATA --tokenizer DATA/tokenizer.model            continue a run that was killed; add languages
 
-TEXT holds <lang>.<ext> or <lang>/*, ext being txt (documents separated by blank lines), jsonl or json (one object a
-line with its text under "text", as mC4 is released), each also .gz or .xz. DATA gets tokenizer.model and, for each
-language, shards <lang>.<split>.<number>.bin and their description <lang>.json, which is empty until they are finished.
+TEXT holds <lang>.<ext> or <lang>/* in any format that text.py reads. DATA gets tokenizer.model and, for each language,
+shards <lang>.<split>.<number>.bin and their description <lang>.json, which is empty until they are finished.
 Several machines may encode different languages into one folder, with one tokenizer.
 
 The stream: languages are sampled in proportion to tokens ** alpha (Soltan et al. 2022: 0.5), rows are packed full and
@@ -13,10 +12,8 @@ documents closed by </s>. Sample i is a pure function of (seed, i).
 """
 
 import argparse
-import gzip
 import io
 import json
-import lzma
 import os
 import random
 import shutil
@@ -41,147 +38,34 @@ from tqdm import tqdm
 
 from cli import InputError, OneProcessError, run_command, say
 from objectives import ORDER, SpecialIds, sample_rng
+from text import LAYOUT, document_text, find_text, print_text, raw_documents, text_lines
 
 HERE = Path(__file__).resolve().parent
 SAMPLE_TEXT, SAMPLE_DATA = HERE / "sample" / "text", HERE / "sample" / "data"  # the embedded corpus, and its shards
 SAMPLE_OPTIONS = dict(vocab_size=2000, valid_fraction=0.15, seed=0)
 
-EXTENSIONS = tuple(f".{kind}{packed}" for kind in ("txt", "jsonl", "json") for packed in ("", ".gz", ".xz"))
-MAX_DOCUMENT = 1 << 20  # bytes; a longer run of lines without a blank one is cut, so that memory stays constant
-MAX_LINE = 1 << 24  # bytes; JSON parsed takes up to 25 times its size
 TOKENIZER_CHARS = 8_000_000  # characters the tokenizer is trained on, in equal shares of the languages
 BLOCK_BYTES = 1 << 19  # text handed to a worker at a time
 SHARD_TOKENS = 1 << 28
 MAGIC, HEADER = b"tokens01", 32  # bytes: the magic, 16 of the tokenizer's sha256, the number of tokens
-ENTRY = {"documents", "bytes", "words", "train", "valid", "seed", "valid_fraction", "files"}  # what <lang>.json holds
+ORIGIN = ("seed", "valid_fraction", "text_field", "files")  # what <lang>.json says of how it was made
+ENTRY = {"documents", "bytes", "words", "train", "valid", *ORIGIN}
 AGAIN = "run data.py again with --tokenizer {}/tokenizer.model"
 FEW_TOKENS, LONG_ROW = 100_000, 512  # a language with less to train on, or less held out, gets a warning
-
-
-# Text --------------------------------------------------------------------------------------------------------------
-
-
-def refuse_outside(path: Path, folder: Path) -> None:
-    """Raises InputError if a path in a folder is a symbolic link that leads out of it: a folder may be a stranger's."""
-    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
-        raise InputError(f"{path}: a symbolic link out of {folder}; copy the file there instead")
-
-
-def unpacked(path: Path) -> str:
-    """A path without .gz or .xz."""
-    return str(path).removesuffix(".gz").removesuffix(".xz")
-
-
-def refuse_packed_twice(files: list[Path]) -> None:
-    """Raises InputError where a file is there packed and unpacked: its text would count twice."""
-    seen: dict[str, Path] = {}
-    for path in files:
-        if (other := seen.setdefault(unpacked(path), path)) is not path:
-            raise InputError(f"{other} and {path.name}: one file, packed and not; remove either")
-
-
-def find_text(folder: Path) -> dict[str, list[Path]]:
-    """The text files of every language in a folder, in a fixed order.
-
-    Raises InputError if there are none, or for a symbolic link to something outside the folder.
-    """
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; it should hold <lang>.txt or <lang>/*.txt (also jsonl, .gz, .xz)")
-    found: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()):
-        inside = sorted(path.rglob("*")) if path.is_dir() else []
-        for entry in (path, *inside):
-            refuse_outside(entry, folder)
-        files = [p for p in (path, *inside) if p.name.endswith(EXTENSIONS) and p.is_file()]
-        if files and not path.name.startswith("."):
-            if not path.name.isprintable():  # no JSON holds a name that is not UTF-8
-                raise InputError(f"{folder}/{path.name!r}: a name that is not UTF-8, or not printable; rename it")
-            found.setdefault(path.name.split(".")[0], []).extend(files)
-    for files in found.values():
-        refuse_packed_twice(files)
-    if not found:
-        raise InputError(f"{folder}: no text in it; it should hold <lang>.txt or <lang>/*.txt (also jsonl, .gz, .xz)")
-    return found
-
-
-def _is_text(path: Path) -> bool:
-    return unpacked(path).endswith(".txt")
-
-
-def raw_documents(path: Path, progress: Callable[[int], None] = lambda n: None) -> Iterator[tuple[int, bytes]]:
-    """Undecoded documents of a file as (number of the first line, bytes); progress is told of bytes read from disk.
-
-    Raises InputError for a damaged archive or a line over 16 MB.
-    """
-    is_text = _is_text(path)
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, lambda raw: raw)
-    number, first, size, lines, seen = 0, 1, 0, [], 0
-    try:
-        with open(path, "rb") as raw, io.BufferedReader(opener(raw), 1 << 20) as file:
-            while line := file.readline(MAX_LINE):
-                number += 1
-                if len(line) == MAX_LINE:
-                    raise InputError(f"{path}:{number}: a line of over {MAX_LINE >> 20} MB; break it up")
-                blank = not line.strip()
-                if lines and (not is_text or blank or size + len(line) > MAX_DOCUMENT):
-                    yield first, b"".join(lines)
-                    lines, size = [], 0
-                if not blank:
-                    first = first if lines else number
-                    lines.append(line)
-                    size += len(line)
-                if raw.tell() != seen:
-                    progress(raw.tell() - seen)
-                    seen = raw.tell()
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise InputError(f"{path}: a damaged archive after line {number} ({error}); fetch it again") from None
-    except MemoryError:
-        raise InputError(f"{path}: its archive asks for more memory than there is; pack it anew") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    if lines:
-        yield first, b"".join(lines)
-
-
-def document_text(path: Path, number: int, raw: bytes) -> str:
-    """The text of a raw document. Raises InputError with file and line for bad UTF-8, JSON or a missing "text"."""
-    try:
-        text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-        if _is_text(path):
-            return text
-        text = json.loads(text)["text"]
-        if not isinstance(text, str):
-            raise TypeError
-        text.encode()  # JSON can spell half a surrogate pair, which no file can hold
-        return text
-    except UnicodeDecodeError as error:
-        line = number + raw.count(b"\n", 0, error.start)
-        raise InputError(f"{path}:{line}: not UTF-8 (byte {raw[error.start]:#04x}); convert the file") from None
-    except UnicodeEncodeError:
-        raise InputError(f"{path}:{number}: half a surrogate pair in the text; repair or remove the line") from None
-    except (ValueError, RecursionError):
-        raise InputError(f'{path}:{number}: not JSON; each line must be one object with a "text"') from None
-    except (KeyError, TypeError):
-        raise InputError(f'{path}:{number}: no "text" string in this line\'s object') from None
-
-
-def text_lines(text: str) -> list[str]:
-    """The lines of a document that hold anything; a document's tokens are those of its lines, one after the other."""
-    return [line for line in (part.strip("\r") for part in text.split("\n")) if line.strip()]
 
 
 # Tokenizer ---------------------------------------------------------------------------------------------------------
 
 
-def sample_lines(files: list[Path], n_chars: int, seed: int) -> list[str]:
+def sample_lines(files: list[Path], n_chars: int, seed: int, text_field: str = "") -> list[str]:
     """A uniform sample of lines, about n_chars characters out of 32 times as many (of each file 1 MB at least)."""
     rng, kept, size, seen = random.Random(seed), [], 0, 0
     files = rng.sample(files, len(files))
     share = max(1 << 20, 32 * n_chars // len(files))
     for path in files:
         read = 0
-        for number, raw in raw_documents(path):
-            for line in text_lines(document_text(path, number, raw)):
+        for number, raw in raw_documents(path, text_field=text_field):
+            for line in text_lines(document_text(path, number, raw, text_field)):
                 line = line[:4000]  # the trainer's limit is in bytes, of which a character has at most four
                 seen, size = seen + 1, size + len(line)
                 heappush(kept, (-rng.random(), seen, line))
@@ -193,13 +77,14 @@ def sample_lines(files: list[Path], n_chars: int, seed: int) -> list[str]:
     return [line for *_, line in sorted(kept)]
 
 
-def train_tokenizer(text: dict[str, list[Path]], vocab_size: int, seed: int) -> bytes:
+def train_tokenizer(text: dict[str, list[Path]], vocab_size: int, seed: int, text_field: str = "") -> bytes:
     """A SentencePiece unigram model (Kudo 2018) in which every Unicode text survives encoding and decoding.
 
     No normalisation, spaces kept, bytes for characters outside the vocabulary; U+2581, SentencePiece's own sign for a
     space, is the one character that comes back as another. Raises InputError where vocab_size does not fit the text.
     """
-    lines = [line for files in text.values() for line in sample_lines(files, TOKENIZER_CHARS // len(text), seed)]
+    share = TOKENIZER_CHARS // len(text)
+    lines = [line for files in text.values() for line in sample_lines(files, share, seed, text_field)]
     if not lines:
         raise InputError("no text to train a tokenizer on: every file is empty")
     random.Random(seed).shuffle(lines)
@@ -265,9 +150,9 @@ def _append(folder: Path, name: str, shards: dict[str, int], tokens: np.ndarray)
 _worker: dict = {}  # what a worker process keeps between blocks
 
 
-def _start_worker(model: bytes, seed: int, valid_fraction: float) -> None:
-    tokenizer = load_tokenizer(model, "tokenizer")
-    _worker.update(tokenizer=tokenizer, seed=seed.to_bytes(8, "little"), valid_fraction=valid_fraction)
+def _start_worker(model: bytes, seed: int, valid_fraction: float, text_field: str) -> None:
+    tokenizer, key = load_tokenizer(model, "tokenizer"), seed.to_bytes(8, "little")
+    _worker.update(tokenizer=tokenizer, seed=key, valid_fraction=valid_fraction, text_field=text_field)
     if parent := parent_process():  # a worker whose parent is killed would wait for ever
         Thread(target=lambda: os._exit(parent.join() or 1), daemon=True).start()
 
@@ -281,7 +166,7 @@ def _encode_block(path: Path, block: list[tuple[int, bytes]]) -> tuple[dict[str,
     tokenizer, tokens, counts = _worker["tokenizer"], {"train": [], "valid": []}, np.zeros(3, np.int64)
     type_ = _token_type(tokenizer.vocab_size())
     for number, raw in block:
-        text = document_text(path, number, raw)
+        text = document_text(path, number, raw, _worker["text_field"])
         if lines := text_lines(text):
             key = blake2b(text.strip().encode(), digest_size=8, key=_worker["seed"]).digest()
             split = "valid" if int.from_bytes(key, "little") < _worker["valid_fraction"] * 2**64 else "train"
@@ -290,11 +175,13 @@ def _encode_block(path: Path, block: list[tuple[int, bytes]]) -> tuple[dict[str,
     return {split: np.concatenate(parts) for split, parts in tokens.items() if parts}, counts
 
 
-def _blocks(files: list[Path], progress: Callable[[int], None]) -> Iterator[tuple[Path, list[tuple[int, bytes]]]]:
+def _blocks(
+    files: list[Path], progress: Callable[[int], None], text_field: str
+) -> Iterator[tuple[Path, list[tuple[int, bytes]]]]:
     """Raw documents of the files, in order, in blocks of about BLOCK_BYTES."""
     for path in files:
         block, size = [], 0
-        for document in raw_documents(path, progress):
+        for document in raw_documents(path, progress, text_field):
             block.append(document)
             size += len(document[1])
             if size > BLOCK_BYTES:
@@ -371,14 +258,14 @@ def _write_language(data_dir: Path, language: str, encoded: Iterator[tuple], mod
     return True
 
 
-def _open_folder(data_dir: Path, given: Path | None, text: dict[str, list[Path]], vocab_size: int, seed: int) -> bytes:
+def _open_folder(data_dir: Path, given: Path | None, train: Callable[[], bytes]) -> bytes:
     """The tokenizer of a data folder, given or trained; makes the folder. Raises InputError if it has another."""
     there = data_dir / "tokenizer.model"
     data_dir.mkdir(parents=True, exist_ok=True)
     if any(path.suffix != ".tmp" for path in data_dir.iterdir()) and not (given and there.exists()):
         remedy = f"to continue it or add languages, give --tokenizer {there}" if there.exists() else "name another"
         raise InputError(f"{data_dir}: not empty; {remedy}")
-    model = read_tokenizer(given) if given else train_tokenizer(text, vocab_size, seed)
+    model = read_tokenizer(given) if given else train()
     load_tokenizer(model, given)
     if not there.exists():
         with tempfile.TemporaryDirectory(suffix=".tmp", dir=data_dir) as name:
@@ -389,14 +276,17 @@ def _open_folder(data_dir: Path, given: Path | None, text: dict[str, list[Path]]
     return model
 
 
-def _to_encode(data_dir: Path, files: dict[str, dict[str, int]]) -> list[str]:
-    """The languages that a data folder does not have; says which it has. InputError where it has one of other files."""
+def _to_encode(data_dir: Path, files: dict[str, dict[str, int]], text_field: str) -> list[str]:
+    """The languages that a data folder does not have; says which it has. InputError where it has one of other text."""
     meta = read_meta(data_dir, unfinished=True)
     for language, entry in meta.items():
         if entry and language in files:
+            change = f"another --text-field, {entry['text_field']!r}" if entry["text_field"] != text_field else ""
             if changed := entry["files"].items() ^ files[language].items():
-                change = f"{language!r} is made from other files ({min(changed)[0]} is new, gone or of another size)"
-                raise InputError(f"{data_dir}: {change}; remove {data_dir / language}.* to encode it again")
+                change = f"other files ({min(changed)[0]} is new, gone or of another size)"
+            if change:
+                remedy = f"remove {data_dir / language}.* to encode it again"
+                raise InputError(f"{data_dir}: {language!r} is made from {change}; {remedy}")
             say(f"{language}: encoded already, with --seed {entry['seed']} --valid-fraction {entry['valid_fraction']}")
     return [language for language in files if not meta.get(language)]
 
@@ -408,6 +298,7 @@ def prepare(
     tokenizer: Path | None = None,
     valid_fraction: float = 0.01,
     seed: int = 0,
+    text_field: str = "",
     n_workers: int = 1,
 ) -> dict[str, dict]:
     """Text to tokenizer and shards; returns what read_meta does, of those languages that are finished.
@@ -416,12 +307,12 @@ def prepare(
     <lang>.json is empty and the same call with the folder's tokenizer encodes it.
     Raises InputError for a mistake in the text or the arguments, and for a full disk.
     """
-    text = find_text(text_dir)
+    text, _ = find_text(text_dir)
     if data_dir.resolve().is_relative_to(text_dir.resolve()):
         raise InputError(f"{data_dir}: inside {text_dir}, where it would be taken for text; name another folder")
-    model = _open_folder(data_dir, tokenizer, text, vocab_size, seed)
+    model = _open_folder(data_dir, tokenizer, lambda: train_tokenizer(text, vocab_size, seed, text_field))
     files = {x: {str(path.relative_to(text_dir)): path.stat().st_size for path in text[x]} for x in text}
-    languages, lacking = _to_encode(data_dir, files), []
+    languages, lacking = _to_encode(data_dir, files, text_field), []
     try:
         for language in languages:
             (data_dir / f"{language}.json").touch()
@@ -429,8 +320,9 @@ def prepare(
         with tqdm(total=total, unit="B", unit_scale=True, desc="encoding", disable=None) as bar:
             for language in languages:
                 bar.set_postfix_str(language)
-                encoded = _encode(n_workers, (model, seed, valid_fraction), _blocks(text[language], bar.update))
-                origin = dict(seed=seed, valid_fraction=valid_fraction, files=files[language])
+                blocks = _blocks(text[language], bar.update, text_field)
+                encoded = _encode(n_workers, (model, seed, valid_fraction, text_field), blocks)
+                origin = dict(zip(ORIGIN, (seed, valid_fraction, text_field, files[language])))
                 if not _write_language(data_dir, language, encoded, model, origin):
                     lacking.append(language)
     except (OSError, BrokenProcessPool) as error:
@@ -597,10 +489,11 @@ def permuted(i: int, n: int, key: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Text to tokenizer and token shards.")
     flag = parser.add_argument
-    flag("text_dir", type=Path, help="folder with <lang>.txt or <lang>/* (txt, jsonl, json; .gz, .xz)")
+    flag("text_dir", type=Path, help=f"folder with {LAYOUT}")
     flag("data_dir", type=Path, help="folder to write: a new one, or with --tokenizer one to continue or add to")
     flag("--vocab-size", type=int, default=150_000, help="pieces, special ones included (default %(default)s)")
     flag("--tokenizer", type=Path, help="use this tokenizer.model instead of training one")
+    flag("--text-field", default="", help="field of JSON lines or parquet with the text (default text, else content)")
     flag("--valid-fraction", type=float, default=0.01, help="share of documents held out (default %(default)s)")
     flag("--seed", type=int, default=0, help="of the tokenizer's sample and of the split (default %(default)s)")
     args = parser.parse_args()
@@ -608,6 +501,7 @@ def main() -> None:
         raise InputError(f"--valid-fraction {args.valid_fraction}: it must be in [0, 1)")
     if not 0 <= args.seed < 1 << 64:
         raise InputError(f"--seed {args.seed}: it must be from 0 to 2**64 - 1")
+    print_text(*find_text(args.text_dir), args.text_field)
     print_table(prepare(**vars(args), n_workers=len(os.sched_getaffinity(0))))
 
 

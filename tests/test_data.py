@@ -1,6 +1,3 @@
-import gzip
-import json
-import lzma
 import os
 import re
 import resource
@@ -18,90 +15,14 @@ from hypothesis import strategies as st
 
 import cli
 import data
-from data import InputError, TokenData, document_text, find_text, permuted, prepare, raw_documents
+from data import InputError, TokenData, find_text, permuted, prepare
+from text import document_text, raw_documents, text_lines
 
 LANGUAGES = ["ar", "de", "en", "es", "fr", "hi", "it", "ja", "mr", "pt", "ta", "te"]
 
 
 def documents(path) -> list[str]:
     return [document_text(path, number, raw) for number, raw in raw_documents(path)]
-
-
-# Reading -----------------------------------------------------------------------------------------------------------
-
-
-def test_documents_of_a_text_file(tmp_path):
-    path = tmp_path / "en.txt"
-    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\n\n\n three\n")
-    assert [data.text_lines(text) for text in documents(path)] == [["one", "two"], [" three"]]
-
-
-def test_a_line_separator_inside_a_line_is_kept(tmp_path):
-    path = tmp_path / "en.txt"
-    path.write_text("one\u2028two\x0bthree\n", "utf-8")
-    assert [data.text_lines(text) for text in documents(path)] == [["one\u2028two\x0bthree"]]
-
-
-@pytest.mark.parametrize("name", ["x.jsonl", "x.json.gz", "x.jsonl.xz", "x.json", "x.txt.jsonl", "x.txt.json.gz"])
-def test_json_lines_of_every_packing(tmp_path, name):
-    """The layout of the mC4 release: an object a line with text, timestamp and url."""
-    path = tmp_path / name
-    rows = [{"text": "one\ntwo", "timestamp": "2019", "url": "http://x"}, {"text": "drei ü"}]
-    raw = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    path.write_bytes({".gz": gzip.compress, ".xz": lzma.compress}.get(path.suffix, bytes)(raw))
-    assert documents(path) == ["one\ntwo", "drei ü"]
-
-
-def test_a_document_without_end_is_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "MAX_DOCUMENT", 100)
-    path = tmp_path / "en.txt"
-    path.write_text("".join(f"line {i}\n" for i in range(100)))
-    parts = documents(path)
-    assert max(map(len, parts)) <= 100 and "".join(parts) == path.read_text()
-
-
-def test_files_of_a_language(tmp_path):
-    (tmp_path / "fr").mkdir()
-    for name in ("en.txt", "fr/b.json.gz", "fr/a.txt.xz", "de.jsonl", "notes.md", ".hidden.txt"):
-        (tmp_path / name).write_text("x")
-    found = find_text(tmp_path)
-    assert {k: [p.name for p in v] for k, v in found.items()} == {
-        "de": ["de.jsonl"], "en": ["en.txt"], "fr": ["a.txt.xz", "b.json.gz"]
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "name, content, complaint",
-    [
-        ("en.txt", b"fine\nb\xffd\n", r"en\.txt:2: not UTF-8 \(byte 0xff\)"),
-        ("en.txt", b"one\n\ntwo\nthr\xe9e\n", r"en\.txt:4: not UTF-8"),
-        ("en.jsonl", b'{"text": "a"}\n{"text": \n', r"en\.jsonl:2: not JSON"),
-        ("en.jsonl", b'{"title": "a"}\n', r'en\.jsonl:1: no "text"'),
-        ("en.jsonl", b'{"text": 5}\n', r'en\.jsonl:1: no "text"'),
-        ("en.jsonl", b"[1]\n", r'en\.jsonl:1: no "text"'),
-        ("en.jsonl", b'{"text": "\\ud800"}\n', r"en\.jsonl:1: half a surrogate pair"),
-        ("en.jsonl", b"[" * 100_000, r"en\.jsonl:1: not JSON"),
-        ("en.txt.gz", gzip.compress(b"hello\n" * 1000)[:-20], r"en\.txt\.gz: a damaged archive"),
-        ("en.txt.gz", b"no archive", r"en\.txt\.gz: a damaged archive"),
-        ("en.txt.xz", lzma.compress(bytes(range(32, 120)) * 100)[:-30], r"en\.txt\.xz: a damaged archive"),
-        ("en.json.xz", b"no archive", r"en\.json\.xz: a damaged archive"),
-    ],
-)
-def test_bad_files_are_named_with_the_line(tmp_path, data_dir, name, content, complaint):
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / name).write_bytes(content)
-    for workers in (1, 2):
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        with pytest.raises(InputError, match=complaint):
-            prepare(tmp_path / "text", tmp_path / "out", 1000, data_dir / "tokenizer.model", n_workers=workers)
-        assert (tmp_path / "out" / "en.json").read_bytes() == b""  # not finished
-
-
-def test_a_line_too_long_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "MAX_LINE", 1000)
-    (tmp_path / "en.txt").write_text("x" * 2000)
-    with pytest.raises(InputError, match=r"en\.txt:1: a line of over"):
-        documents(tmp_path / "en.txt")
 
 
 # Tokenizer ---------------------------------------------------------------------------------------------------------
@@ -134,7 +55,7 @@ def test_names_of_special_tokens_are_text(tokenizer, text):
 
 
 def test_the_tokenizer_is_reproducible_and_balanced(text_dir):
-    text = find_text(text_dir)
+    text, _ = find_text(text_dir)
     assert data.train_tokenizer(text, 1000, seed=0) == data.train_tokenizer(text, 1000, seed=0)
     sizes = {x: sum(map(len, data.sample_lines(files, 5000, 0))) for x, files in text.items()}
     assert all(4500 < size <= 5000 for size in sizes.values())
@@ -175,7 +96,7 @@ def test_shards_hold_the_text(data_dir, text_dir, tokenizer):
     tokens = {split: all_tokens(data_dir, split) for split in ("train", "valid")}
     for language in ("de", "en", "hi"):
         texts = documents(text_dir / f"{language}.txt")
-        expected = Counter("\n".join(data.text_lines(text)).replace("\n", " ") for text in texts)
+        expected = Counter("\n".join(text_lines(text)).replace("\n", " ") for text in texts)
         seen = Counter()
         for split in ("train", "valid"):
             row = tokens[split][language]
