@@ -205,7 +205,10 @@ def document_text(path: Path, number: int, raw: bytes, text_field: str = "") -> 
             return text
         row = json.loads(text)
         text = row[text_field or ("text" if "text" in row else "content")] or ""  # null is no text
+        text.encode()  # JSON can spell half a surrogate pair
         return text.replace(r"\n" if MADLAD.fullmatch(path.name) else "\n", "\n")
+    except UnicodeEncodeError:
+        raise InputError(f"{path}:{number}: half a surrogate pair; fix or remove the line") from None
     except UnicodeDecodeError as error:
         line = number + (raw.count(b"\n", 0, error.start) if kind == "txt" else 0)
         raise InputError(f"{path}:{line}: not UTF-8 (byte {raw[error.start]:#04x}); convert the file") from None
