@@ -48,20 +48,14 @@ duration() { # of what is left, at the speed of what is done
     END { if (cost) printf "about %.1f hours\n", left * seconds / cost / 3600; else print "none timed yet" }'
 }
 
-resume() { # the flag, if a run of this name was stopped
-  ! ls "$1.run/"[0-9]*.pt > /dev/null 2>&1 || echo --resume
-}
-
 row() { # ROW [SEED]: its recipe
-  local seed=${2:-0}
-  [ "$seed" = 0 ] && runs=. || runs=../$SCALE-seed$seed
-  SEED=$seed "$CODE/recipes/$1.sh" $(resume "$runs/$1")
+  SEED=${2:-0} "$CODE/recipes/$1.sh" --resume
 }
 
 second() { # NAME FLAGS...: a second stage that is no row of the paper
   local name=$1
   shift
-  $TORCHRUN "$CODE/train_seq2seq.py" "${SHAPE[@]}" --steps $SECOND --noise drop "$@" --out "$name.pt" $(resume "$name")
+  $TORCHRUN "$CODE/train_seq2seq.py" "${SHAPE[@]}" --steps $SECOND --noise drop "$@" --out "$name.pt" --resume
   python "$CODE/eval.py" "$name.pt" --task loss --out results.jsonl
 }
 
@@ -91,7 +85,7 @@ scores() { # encoder|seq2seq CHECKPOINT...: the tasks of this kind that there is
 }
 
 random() { # the encoder before its first update, for the least that any other must beat
-  $TORCHRUN "$CODE/train_encoder.py" "${SHAPE[@]}" --steps 0 --out random.pt $(resume random)
+  $TORCHRUN "$CODE/train_encoder.py" "${SHAPE[@]}" --steps 0 --out random.pt --resume
 }
 
 jobs() { # costs are about those of 100 MLM updates, as one sees them with `tiny` on a CPU
