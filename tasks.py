@@ -28,10 +28,10 @@ from tqdm import tqdm
 
 import trainer
 from cli import InputError, out_of_memory
-from data import refuse_packed_twice
 from generate import generate
 from model import Fusion
 from objectives import SpecialIds
+from text import refuse_packed_twice
 
 METRICS = {  # the first chooses epoch and learning rate
     "nli": ("accuracy",),
