@@ -22,6 +22,7 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 
+import task_data
 import tasks
 import trainer
 from checkpoint import load_checkpoint, load_model
@@ -236,23 +237,21 @@ def run_task(args: argparse.Namespace) -> None:
     folder = args.data or (HERE / "sample" / "slots" if args.task == "slots" else None)
     if folder is None:
         raise InputError(f"--task {args.task} needs --data DIR, which holds <lang>/train.*, dev.*, test.*")
-    languages = tasks.languages_of(folder, args.train_lang, args.langs)
     body, checkpoint = load_model(args.checkpoint, *(["seq2seq"] if args.task in tasks.GENERATION else []))
-    train, dev = (tasks.read_split(args.task, folder, args.train_lang, split) for split in ("train", "dev"))
+    train, dev, test = task_data.read_task(args.task, folder, args.train_lang, args.langs)
     if args.n_train:
         chosen = np.random.default_rng(0).permutation(len(train))[: args.n_train]
         train = [train[i] for i in sorted(chosen)]
-    test = {language: tasks.read_split(args.task, folder, language, "test") for language in languages}
     tokenizer = load_tokenizer(checkpoint["tokenizer"], args.checkpoint)
     dtype = settings_of(checkpoint)["dtype"]
     how = dict(
         epochs=args.epochs, batch_size=args.batch_size, freeze=args.freeze_encoder, beams=args.beams, dtype=dtype
     )
-    job = tasks.Job(args.task, train, dev, tokenizer, SpecialIds(tokenizer.vocab_size()), **how)
+    job = tasks.Job(args.task, train, dev, tokenizer, SpecialIds(tokenizer.vocab_size()), **how, cut=args.cut)
     about = dict(
         checkpoint=str(args.checkpoint), kind=checkpoint["kind"], history=checkpoint["history"], task=args.task
     )
-    about |= dict(data=str(folder), train_lang=args.train_lang, n_train=len(train), **how)
+    about |= dict(data=str(folder), train_lang=args.train_lang, n_train=len(train), **how, cut=args.cut)
     lrs, results = args.lr or [trainer.default_lr(body.cfg.d_model)], []
     append(args.out, [])
     for result in tasks.evaluate(job, body, lrs, args.seeds, test):
@@ -300,6 +299,9 @@ def _parse_flags() -> argparse.Namespace:
     group.add_argument(
         "--freeze-encoder", action="store_true", help="train all but the encoder; heads read all its layers"
     )
+    group.add_argument(
+        "--cut", action="store_true", help="cut targets that are longer than the model's positions (default: an error)"
+    )
     args = parser.parse_intermixed_args()
     for name, least in (("beams", 1), ("seeds", 1), ("epochs", 0), ("n_train", 0), ("batch_size", 1)):
         if getattr(args, name) < least:
@@ -308,7 +310,7 @@ def _parse_flags() -> argparse.Namespace:
         if not 0 < lr < math.inf:
             raise InputError(f"--lr {lr}: it must be over 0, and finite")
     if args.task in tasks.METRICS:  # looked up now: a file of the user's own may have added one
-        takes = ("data", "langs", "out", *FINE_TUNING) + ("beams",) * (args.task in tasks.GENERATION)
+        takes = ("data", "langs", "out", *FINE_TUNING) + ("beams", "cut") * (args.task in tasks.GENERATION)
     else:
         takes = TAKES[args.task]
     takes, what = ((), "--report") if args.report else (("task", *takes), f"--task {args.task or 'loss'}")

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from cli import InputError
 from compute import saved
-from tasks import GENERATION, METRICS, lines, mean_sd
+from rows import lines
+from tasks import GENERATION, METRICS, mean_sd
 from trainer import read_metrics
 
 ROWS = ["roberta-12e", "bart-12e12d", "bart-12e12d-mask", "bart-12e2d", "bart-12e2d-mask", "bart-12e1d-mask"]
