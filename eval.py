@@ -22,6 +22,7 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 
+import task_data
 import tasks
 import trainer
 from checkpoint import load_checkpoint, load_model
@@ -250,23 +251,21 @@ def run_task(args: argparse.Namespace) -> None:
     folder = args.data or (HERE / "sample" / "slots" if args.task == "slots" else None)
     if folder is None:
         raise InputError(f"--task {args.task} needs --data DIR, which holds <lang>/train.*, dev.*, test.*")
-    languages = tasks.languages_of(folder, args.train_lang, args.langs)
     body, checkpoint = load_model(args.checkpoint, *(["seq2seq"] if args.task in tasks.GENERATION else []))
-    train, dev = (tasks.read_split(args.task, folder, args.train_lang, split) for split in ("train", "dev"))
+    train, dev, test = task_data.read_task(args.task, folder, args.train_lang, args.langs)
     if args.n_train:
         chosen = np.random.default_rng(0).permutation(len(train))[: args.n_train]
         train = [train[i] for i in sorted(chosen)]
-    test = {language: tasks.read_split(args.task, folder, language, "test") for language in languages}
     tokenizer = load_tokenizer(checkpoint["tokenizer"], args.checkpoint)
     dtype = settings_of(checkpoint)["dtype"]
     how = dict(
         epochs=args.epochs, batch_size=args.batch_size, freeze=args.freeze_encoder, beams=args.beams, dtype=dtype
     )
-    job = tasks.Job(args.task, train, dev, tokenizer, SpecialIds(tokenizer.vocab_size()), **how)
+    job = tasks.Job(args.task, train, dev, tokenizer, SpecialIds(tokenizer.vocab_size()), **how, cut=args.cut)
     about = dict(
         checkpoint=str(args.checkpoint), kind=checkpoint["kind"], history=checkpoint["history"], task=args.task
     )
-    about |= dict(data=str(folder), train_lang=args.train_lang, n_train=len(train), **how)
+    about |= dict(data=str(folder), train_lang=args.train_lang, n_train=len(train), **how, cut=args.cut)
     lrs, results = args.lr or [default_lr(body.cfg.d_model)], []
     append(args.out, [])
     for result in tasks.evaluate(job, body, lrs, args.seeds, test):
@@ -298,7 +297,7 @@ COMMANDS: dict[str | None, Command] = {  # task -> what it runs, the flags that 
 
 def command_of(task: str | None) -> Command:
     """The entry of COMMANDS, or that of a fine-tuning task; a user's own file may have added one to tasks.METRICS."""
-    fine_tuning = run_task, (*FINE_TUNING, *["beams"] * (task in tasks.GENERATION)), "nothing else"
+    fine_tuning = run_task, (*FINE_TUNING, *["beams", "cut"] * (task in tasks.GENERATION)), "nothing else"
     return COMMANDS.get(task, fine_tuning)
 
 
@@ -322,6 +321,7 @@ def parse_flags() -> argparse.Namespace:
     add("--epochs", type=int, default=0, help="0: 3, or as many as 500 updates take (default 0)")
     add("--batch-size", type=int, default=32, help="rows per update (default %(default)s)")
     add("--freeze-encoder", action="store_true", help="train the heads only; they read all layers of the encoder")
+    add("--cut", action="store_true", help="cut targets that are longer than the model allows (default: an error)")
     args = parser.parse_intermixed_args()
     for name, least in (("beams", 1), ("seeds", 1), ("epochs", 0), ("n_train", 0), ("batch_size", 1)):
         if getattr(args, name) < least:

@@ -1,0 +1,189 @@
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import report
+from matplotlib.axes import Axes
+from task_layouts import toy_sets
+
+import eval as evaluation
+import tasks
+from cli import InputError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return toy_sets(tmp_path)
+
+
+def test_report(command, checkpoints, folder, capsys):
+    (checkpoints / "seq2seq.pt").rename(checkpoints / "bart-12e12d.pt")
+    (checkpoints / "enc.pt").rename(checkpoints / "roberta-12e.pt")
+    (checkpoints / "enc.run").rename(checkpoints / "roberta-12e.run")
+    common = ["--epochs", 1, "--seeds", 2, "--n-train", 50, "--out", "r.jsonl"]
+    for name, task in (("bart-12e12d", "pos"), ("roberta-12e", "pos"), ("bart-12e12d", "summ"), ("roberta-12e", "nli")):
+        command(evaluation, f"{name}.pt", "--task", task, "--data", folder / task, *common)
+    for name in ("bart-12e12d", "roberta-12e"):
+        command(evaluation, f"{name}.pt", "--task", "loss", "--out", "losses.jsonl")
+    command(report, "r.jsonl", "losses.jsonl", "--out", "OUT")
+    text = (checkpoints / "OUT" / "tables.md").read_text()
+    of_tasks = re.sub(r"Held-out losses:\n\n(\|.*\n)+", "", text)
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in of_tasks.splitlines() if line.startswith("|")]
+    assert [line[0] for line in table] == ["model", "---", "roberta-12e", "bart-12e12d", "model", "---", "bart-12e12d"]
+    assert table[0][:4] == ["model", "FLOPs", "pair saved", "held-out loss, nats"]
+    assert table[0][4:] == ["nli, accuracy: others", "nli: trained", "pos, accuracy: others", "pos: trained"]
+    results = [json.loads(line) for line in (checkpoints / "r.jsonl").read_text().splitlines()]
+    english = [r["scores"]["accuracy"] for r in results if r["task"] == "pos" and r["language"] == "en"]
+    assert table[3][7] == tasks.mean_sd(english[:2]) and table[3][4] == "-" and " ± " in table[3][7]
+    assert all(r["n_train"] == 50 for r in results)
+    losses = [json.loads(line) for line in (checkpoints / "losses.jsonl").read_text().splitlines()]
+    entropy = {r["language"]: f"{r['unigram_entropy']:.2f}" for r in losses}
+    assert f"| unigram entropy | {entropy['de']} | {entropy['en']} | {entropy['hi']} |" in text
+    of_bart = [r["loss"] for r in losses if r["kind"] == "seq2seq"]
+    assert table[3][3] == "-" and table[6][3] == f"{sum(of_bart) / 3:.3f}"  # an encoder's loss is of another objective
+    assert float(table[2][1]) < float(table[3][1])  # the second stage adds to the first
+    assert (checkpoints / "OUT" / "loss-curves.png").stat().st_size > 5000
+    assert (checkpoints / "OUT" / "score-against-compute.png").stat().st_size > 5000
+    (checkpoints / "bad.jsonl").write_text("{}\n[1]\n")
+    with pytest.raises(InputError, match=r"bad\.jsonl:1: not a result"):
+        command(report, "bad.jsonl", "--out", "OUT")
+    poor = {name: value for name, value in results[0].items() if name != "train_lang"}
+    (checkpoints / "bad.jsonl").write_text(json.dumps(poor) + "\n")
+    with pytest.raises(InputError, match=r"bad\.jsonl:1: not a result"):
+        command(report, "bad.jsonl", "--out", "OUT")
+    with open(checkpoints / "roberta-12e.run" / "metrics.jsonl", "a") as log:
+        log.write('{"step": 2, "held_out": {"en": 1.5}')  # as a run that is killed leaves it
+    (checkpoints / "strange.jsonl").write_text(
+        json.dumps(losses[0] | {"checkpoint": "unfreeze-at-x.pt", "history": []})
+    )
+    command(report, "losses.jsonl", "strange.jsonl", "--out", "OUT")
+    (checkpoints / "file").touch()
+    for blocked in ("file", "file/OUT"):
+        with pytest.raises(OSError, match=blocked):  # one line by run_command
+            command(report, "losses.jsonl", "--out", blocked)
+
+
+def test_a_curve_for_every_run_of_one_name(command, tmp_path):
+    result = {"checkpoint": "a.pt", "kind": "encoder", "history": [], "task": "loss", "language": "en", "loss": 1.0}
+    paths = []
+    for seed, folder in enumerate(("one", "two")):
+        (tmp_path / folder / "a.run").mkdir(parents=True)
+        lines = [{"step": step, "held_out": {"en": step + seed}, "mean": step + seed} for step in (1, 2)]
+        (tmp_path / folder / "a.run" / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        (tmp_path / folder / "r.jsonl").write_text(json.dumps(result) + "\n")
+        paths.append(tmp_path / folder / "r.jsonl")
+    again = result | {"checkpoint": "../two/a.pt"}  # the second run by another name: no third curve
+    paths[0].write_text(paths[0].read_text() + json.dumps(again) + "\n")
+    curves = report.curves(report.read_results(paths))
+    assert {name: [x["mean"] for x in rows] for name, rows in curves["encoder"].items()} == {
+        "a": [1, 2],
+        "two/a": [2, 3],
+    }
+
+
+def result(row, unfreeze_at=0.0, pretrained=0, **more):
+    """A line of results.jsonl of a second stage, or of bart-12e12d."""
+    flops, settings = 1e9 * (2 - unfreeze_at), {"unfreeze_at": unfreeze_at, "seed": pretrained}
+    history = [{"stage": "seq2seq", "flops": flops, "settings": settings}]
+    history = [{"stage": "encoder", "flops": 1e9}] * (row != "bart-12e12d") + history
+    return {"checkpoint": f"{row}.pt", "kind": "seq2seq", "history": history, "task": "loss", "language": "en"} | more
+
+
+def write(name, rows):
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Path(name)
+
+
+@pytest.fixture
+def losses():
+    """Of the model from scratch and of three points of a sweep, one of them from a second seed too."""
+    found = [result("bart-12e12d", language=x, loss=y) for x, y in (("en", 1.0), ("de", 3.0))]
+    found += [result("2stage-bart-12e12d-unfrz", 0.5, loss=9.0)]  # made again below
+    found += [result("2stage-bart-12e12d-unfrz", 0.5, loss=2.0), result("2stage-bart-12e12d", 1.0, loss=4.0)]
+    found += [result("unfreeze-at-0", 0.0, loss=1.5)]
+    return found + [result("2stage-bart-12e12d-unfrz", 0.5, 1, loss=7.0, checkpoint="1/2stage-bart-12e12d-unfrz.pt")]
+
+
+def curve(text):
+    """The lines of a report's table of the sweep."""
+    return text[text.index("# When to unfreeze") :].splitlines()[2:]
+
+
+def test_a_report_does_not_mix_ways_of_fine_tuning(command, checkpoints):
+    one = result("bart-12e12d", task="summ", scores={"ROUGE-L": 1.0}, train_lang="en", n_train=10, seed=0)
+    path = write("a.jsonl", [one, {**one, "n_train": 2000}])
+    with pytest.raises(InputError, match=r"a\.jsonl:2: bart-12e12d in summ with n_train 2000, not 10 as before; keep"):
+        command(report, path, "--out", "OUT")
+
+
+def test_a_checkpoint_is_one_whatever_the_way_to_it(command, checkpoints, losses):
+    again = [{**row, "checkpoint": str(Path(row["checkpoint"]).resolve())} for row in losses[:2]]
+    command(report, write("a.jsonl", losses + again), "--out", "OUT")
+    assert "| bart-12e12d | 2.00e+09 | - | 2.000 |" in Path("OUT/tables.md").read_text()
+
+
+def test_report_of_runs_from_other_seeds_and_the_sweep(command, checkpoints, losses):
+    encoder = result("roberta-12e", loss=1.0, kind="encoder", history=[{"stage": "encoder", "flops": 1e9}])
+    again = [result("bart-12e12d", language=x, loss=y) for x, y in (("en", 1.2), ("de", 3.2))]
+    command(report, write("a.jsonl", losses), write("b.jsonl", [encoder, *again]), "--out", "OUT")
+    text = Path("OUT/tables.md").read_text()
+    assert "| bart-12e12d | 2.00e+09 | - | 2.100 ± 0.141 |" in text
+    assert "| nats | de | en | mean |\n|---|---|---|---|\n| bart-12e12d | 3.10 ± 0.14 | 1.10 ± 0.14 | 2.10" in text
+    assert "| 2stage-bart-12e12d | - | 4.00 | 4.00 |" in text
+    assert curve(text)[2:] == [
+        "| 0 | 1.500 | 3.00e+09 | 0.0% |",
+        "| 0.5 | 2.000 | 2.50e+09 | 16.7% |",
+        "| 1 | 4.000 | 2.00e+09 | 33.3% |",
+    ]  # seed 1 has one point of them: no part of the curve
+    assert "| 2stage-bart-12e12d-unfrz | 2.50e+09 | 16.7% | 4.500 ± 3.536 |" in text
+    assert Path("OUT/unfreeze-at.png").stat().st_size > 5000
+
+
+def test_generation_scores_of_the_sweep(command, checkpoints, losses):
+    parse = dict(train_lang="en", task="parse")
+    rows = [("2stage-bart-12e12d-unfrz", 0.5, 20.0), ("2stage-bart-12e12d-unfrz", 0.5, 22.0), ("bart-12e12d", 0.0, 9.0)]
+    rows += [("unfreeze-at-0.25", 0.25, 1.0)]  # without a loss: no point
+    scores = [result(row, at, **parse, seed=i, scores={"exact match": x}) for i, (row, at, x) in enumerate(rows)]
+    command(report, write("a.jsonl", losses), write("c.jsonl", scores), "--out", "OUT")
+    lines = curve(Path("OUT/tables.md").read_text())
+    assert lines[0] == "| `--unfreeze-at` | held-out loss, nats | parse, exact match | FLOPs | pair saved |"
+    assert lines[2:4] == ["| 0 | 1.500 | - | 3.00e+09 | - |", "| 0.5 | 2.000 | 21.00 ± 1.41 | 2.50e+09 | - |"]
+    assert lines[4:] == ["| 1 | 4.000 | - | 2.00e+09 | - |"]
+
+
+def test_the_figure_of_the_sweep_has_the_numbers_of_the_table(command, monkeypatch, losses):
+    drawn, draw = [], Axes.errorbar
+    monkeypatch.setattr(Axes, "errorbar", lambda self, *xy, **how: drawn.append(xy) or draw(self, *xy, **how))
+    scores = [(0, 20.0), (1, 99.0), (1, 22.0)]  # the second was made again
+    parse = dict(train_lang="en", task="parse")
+    rows = [result("2stage-bart-12e12d-unfrz", 0.5, **parse, seed=i, scores={"exact match": x}) for i, x in scores]
+    report.plot_sweep(report.read_results([write("a.jsonl", [*losses, *rows])]), Path("."))
+    assert drawn == [([0, 0.5, 1], (1.5, 2, 4), (0, 0, 0)), ([0.5], (21,), (pytest.approx(2**0.5),))]
+
+
+def test_what_a_sweep_is_compared_with(command, checkpoints, losses, monkeypatch):
+    strange = [result("bart-12e12d", loss=9.0, kind="encoder"), result("bart-12e12d", pretrained=1, loss=9.0)]
+    strange += [result("bart-12e12d", loss=9.0, history=[{"stage": "seq2seq", "flops": 1e9}])]  # without settings
+    drawn, draw = [], Axes.axhline
+    monkeypatch.setattr(Axes, "axhline", lambda self, y, **how: drawn.append(y) or draw(self, y, **how))
+    report.plot_sweep(report.read_results([write("a.jsonl", [*losses, *strange])]), Path("."))
+    assert drawn == [2.0]  # of 1.0 and 3.0
+
+
+def test_report_of_models_that_cost_nothing(command, checkpoints, losses):
+    for row in losses:
+        for stage in row["history"]:
+            stage["flops"] = 0.0
+    encoder = result("roberta-12e", loss=1.0, kind="encoder", history=[{"stage": "encoder", "flops": 0.0}])
+    command(report, write("a.jsonl", [*losses, encoder]), "--out", "OUT")
+    assert "| 2stage-bart-12e12d | 0.00e+00 | - | 4.000 |" in Path("OUT/tables.md").read_text()
+
+
+def test_report_without_matplotlib(command, checkpoints, folder, capsys, monkeypatch):
+    command(evaluation, "enc.pt", "--task", "nli", "--data", folder / "nli", "--epochs", 1, "--out", "r.jsonl")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    command(report, "r.jsonl", "--out", "OUT")
+    assert "for figures: pip install matplotlib" in capsys.readouterr().out
+    assert [path.name for path in Path("OUT").iterdir()] == ["tables.md"]
