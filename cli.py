@@ -1,7 +1,6 @@
 """What every command shares: one-line errors, the exit status, the process's rank, and flags made from dataclasses."""
 
 import contextlib
-import operator
 import os
 import signal
 import sys
@@ -89,27 +88,26 @@ def run_command(main: Callable[[], None]) -> None:
     sys.exit(status)
 
 
-BOUNDS = {  # key of a flag -> (the comparison, in words)
-    "least": (operator.ge, "at least"),
-    "most": (operator.le, "at most"),
-    "above": (operator.gt, "above"),
-    "below": (operator.lt, "below"),
-}
-
-
 def flag(default: object, text: str, **more: object) -> object:
     """A dataclass field that is also a command-line flag.
 
-    `more` may hold a bound of BOUNDS, `choices`, `from_preset` (a preset sets its default) and `decoder_only`.
+    `more` may hold bounds (`least`, `most`, `above`, `below`), `choices`, `from_preset` (a preset sets its default) and
+    `decoder_only`.
     """
     return field(default=default, metadata={"help": text, **more})
 
 
 def check_bounds(config: object) -> None:
     """Raises ValueError for the first field of a config that is not within what its flag allows."""
+    bounds = {
+        "least": (lambda x, bound: x >= bound, "at least"),
+        "most": (lambda x, bound: x <= bound, "at most"),
+        "above": (lambda x, bound: x > bound, "above"),
+        "below": (lambda x, bound: x < bound, "below"),
+    }
     for f in fields(config):
         value = getattr(config, f.name)
-        for key, (holds, words) in BOUNDS.items():
+        for key, (holds, words) in bounds.items():
             if key in f.metadata and not holds(value, f.metadata[key]):
                 raise ValueError(f"{f.name} is {value}: it must be {words} {f.metadata[key]}")
         if value not in (f.metadata.get("choices") or [value]):

@@ -1,7 +1,7 @@
 """A `Seq2Seq` as a model of transformers (4.57 and 5): with its `generate`, `Seq2SeqTrainer` and `save_pretrained`.
 
-transformers has no encoder-decoder with Pre-LN and rotary positions, so a folder that extract.py exports carries the
-code of its model: model.py and this file behind it, as one module. Shapes as there.
+transformers has no encoder-decoder with Pre-LN and rotary positions, so an exported folder carries the code of its
+model: model.py and this file, joined by `modelling_file` in hf.py. Shapes as in model.py.
 """
 
 from dataclasses import fields
@@ -17,14 +17,14 @@ from model import IGNORE, ModelConfig, Seq2Seq, _init_weights, turn_of
 
 
 class Seq2SeqConfig(PretrainedConfig):
-    """The fields of `ModelConfig` beside those that transformers has for any model, special ids among them."""
+    """The fields of `ModelConfig`, and those that transformers has for any model, such as the special ids."""
 
     model_type = "sequential-seq2seq"
     attribute_map = {"num_hidden_layers": "n_decoder_layers", "hidden_size": "d_model"}  # noqa: RUF012 (their names)
 
 
 class Seq2SeqLM(PreTrainedModel, GenerationMixin):
-    """`Seq2Seq`, called as transformers calls its own models; the tensors have the names of ours behind `model.`."""
+    """`Seq2Seq` with the interface of transformers; its tensors have our names with `model.` before them."""
 
     config_class = Seq2SeqConfig
     accepts_loss_kwargs = False  # the loss is a mean whatever the Trainer says about accumulated batches
@@ -38,7 +38,7 @@ class Seq2SeqLM(PreTrainedModel, GenerationMixin):
         _init_weights(module)
 
     def get_input_embeddings(self) -> nn.Embedding:
-        """The embedding, which is the output projection too: there is no second tensor to tie to it."""
+        """The embedding; the output projection is the same tensor, so there is nothing to tie."""
         return self.model.embed
 
     def set_input_embeddings(self, embed: nn.Embedding) -> None:
@@ -46,11 +46,11 @@ class Seq2SeqLM(PreTrainedModel, GenerationMixin):
         self.model.embed = embed
 
     def get_encoder(self, modality: str | None = None) -> "Seq2SeqLM":
-        """The model itself, which without a target is its encoder."""
+        """The model itself: without a target it is its encoder."""
         return self
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:  # [B, T] -> [B, T]
-        """Labels shifted right behind <s>; `DataCollatorForSeq2Seq` asks for them too."""
+        """Labels shifted right, after <s>; `DataCollatorForSeq2Seq` calls it too."""
         shifted = F.pad(labels[:, :-1], (1, 0), value=self.config.decoder_start_token_id)
         return shifted.masked_fill(shifted == IGNORE, self.config.pad_token_id)
 
@@ -62,7 +62,7 @@ class Seq2SeqLM(PreTrainedModel, GenerationMixin):
         encoder_outputs: BaseModelOutput | None = None,
         **kwargs: object,
     ) -> dict:
-        """What `forward` needs for the next token: of the target [B, T], with a cache, what it has not seen."""
+        """The arguments of `forward` for the next token; with a cache, only the part of the target [B, T] not in it."""
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         inputs = dict(decoder_input_ids=decoder_input_ids[:, seen:], past_key_values=past_key_values)
         return inputs | dict(attention_mask=attention_mask, encoder_outputs=encoder_outputs)
@@ -77,11 +77,10 @@ class Seq2SeqLM(PreTrainedModel, GenerationMixin):
         past_key_values: EncoderDecoderCache | None = None,
         **kwargs: object,
     ) -> Seq2SeqLMOutput | BaseModelOutput:
-        """Logits [B, T, V] for source [B, S] and target [B, T]; with labels [B, T] also the mean loss of the real ones.
+        """Logits [B, T, V] for source [B, S] and target [B, T]; with labels [B, T], also their mean loss.
 
-        Targets are padded at their end, if at all. Without target and labels it is the encoder alone: its output
-        [B, S, D]. Other arguments that transformers passes change nothing. Raises ValueError for a row longer than
-        the model was made for.
+        Targets may be padded only at the end. Without target and labels, the output of the encoder [B, S, D].
+        Other arguments that transformers passes are ignored. Raises ValueError for a row too long for the model.
         """
         src_mask = None if attention_mask is None else attention_mask.bool()
         enc_out = self.model.encode(input_ids, src_mask) if encoder_outputs is None else encoder_outputs[0]
@@ -102,10 +101,7 @@ class Seq2SeqLM(PreTrainedModel, GenerationMixin):
     def _decode_newest(
         self, tgt_in: Tensor, enc_out: Tensor, src_mask: Tensor | None, cache: EncoderDecoderCache
     ) -> Tensor:  # [B, T], [B, S, D] -> [B, T, D]
-        """`Seq2Seq.decode` for the T newest tokens; the cache has the keys and values of those before.
-
-        Without dropout: it serves generation.
-        """
+        """`Seq2Seq.decode` of the T newest tokens, without dropout; the cache holds keys and values of earlier ones."""
         start, decoder = cache.get_seq_length(), self.model.decoder
         x = self.model.embed(tgt_in)  # [B, T, D]
         turn, src_turn = turn_of(decoder.cfg, x, start), turn_of(decoder.cfg, enc_out)

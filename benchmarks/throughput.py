@@ -36,8 +36,8 @@ import trainer  # noqa: E402
 from compute import batch_flops  # noqa: E402
 from config import SAMPLE, open_data  # noqa: E402
 from data import HEADER, SAMPLE_OPTIONS, SAMPLE_TEXT, TokenData, prepare, read_meta  # noqa: E402
-from extract import hf_model  # noqa: E402
 from generate import generate  # noqa: E402
+from hf import hf_model  # noqa: E402
 from model import PRESETS, MaskedLM, ModelConfig, Seq2Seq  # noqa: E402
 from objectives import SpecialIds, mask_tokens, noise_row, sample_rng  # noqa: E402
 from train_encoder import MLMConfig, encoder_objective  # noqa: E402

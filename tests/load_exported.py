@@ -1,4 +1,4 @@
-"""Run by test_extract.py in a process that knows nothing of this project, perhaps with another transformers.
+"""Run by test_hf.py in a process that knows nothing of this project, perhaps with another transformers.
 
     python -I load_exported.py FOLDER    # with enc/, seq2seq/ and expected.pt: what our own code makes of the input
 

@@ -169,15 +169,10 @@ def test_the_embedded_corpus():
 def test_nothing_needs_more_than_the_four_packages():
     """Every import statement of the scripts names the standard library, another script, or one of the four.
 
-    Inside functions, the export to transformers, and two formats of text are the exceptions;
-    so is the file that the export adds to a folder, which no other file imports but inside a function.
+    The files for transformers, hf*.py, and two formats of text are the exceptions: only functions import them.
     """
-    optional = {
-        "extract.py": {"transformers", "tokenizers", "safetensors", "hf_seq2seq"},
-        "text.py": {"pyarrow", "backports", "compression"},
-        "task_data.py": {"pyarrow"},
-    }
-    scripts = [path for path in ROOT.glob("*.py") if path.name != "hf_seq2seq.py"]
+    optional = {"extract.py": {"hf"}, "text.py": {"pyarrow", "backports", "compression"}, "task_data.py": {"pyarrow"}}
+    scripts = [path for path in ROOT.glob("*.py") if not path.name.startswith("hf")]
     allowed = (
         {"torch", "numpy", "sentencepiece", "tqdm"} | set(sys.stdlib_module_names) | {path.stem for path in scripts}
     )
