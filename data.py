@@ -12,10 +12,8 @@ documents closed by </s>. Sample i is a pure function of (seed, i).
 """
 
 import argparse
-import io
 import json
 import os
-import random
 import shutil
 import tempfile
 import zlib
@@ -26,25 +24,23 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from hashlib import blake2b, sha256
-from heapq import heappop, heappush
 from itertools import accumulate
 from multiprocessing import parent_process
 from pathlib import Path
 from threading import Thread
 
 import numpy as np
-import sentencepiece as spm
 from tqdm import tqdm
 
 from cli import InputError, OneProcessError, run_command, say
 from objectives import ORDER, SpecialIds, sample_rng
 from text import LAYOUT, document_text, find_text, print_text, raw_documents, text_lines
+from tokenizer import adopt_tokenizer, load_tokenizer, read_tokenizer, train_tokenizer
 
 HERE = Path(__file__).resolve().parent
 SAMPLE_TEXT, SAMPLE_DATA = HERE / "sample" / "text", HERE / "sample" / "data"  # the embedded corpus, and its shards
 SAMPLE_OPTIONS = dict(vocab_size=2000, valid_fraction=0.15, seed=0)
 
-TOKENIZER_CHARS = 8_000_000  # characters the tokenizer is trained on, in equal shares of the languages
 BLOCK_BYTES = 1 << 19  # text handed to a worker at a time
 SHARD_TOKENS = 1 << 28
 MAGIC, HEADER = b"tokens01", 32  # bytes: the magic, 16 of the tokenizer's sha256, the number of tokens
@@ -52,78 +48,6 @@ ORIGIN = ("seed", "valid_fraction", "text_field", "files")  # what <lang>.json s
 ENTRY = {"documents", "bytes", "words", "train", "valid", *ORIGIN}
 AGAIN = "run data.py again with --tokenizer {}/tokenizer.model"
 FEW_TOKENS, LONG_ROW = 100_000, 512  # a language with less to train on, or less held out, gets a warning
-
-
-# Tokenizer ---------------------------------------------------------------------------------------------------------
-
-
-def sample_lines(files: list[Path], n_chars: int, seed: int, text_field: str = "") -> list[str]:
-    """A uniform sample of lines, about n_chars characters out of 32 times as many (of each file 1 MB at least)."""
-    rng, kept, size, seen = random.Random(seed), [], 0, 0
-    files = rng.sample(files, len(files))
-    share = max(1 << 20, 32 * n_chars // len(files))
-    for path in files:
-        read = 0
-        for number, raw in raw_documents(path, text_field=text_field):
-            for line in text_lines(document_text(path, number, raw, text_field)):
-                line = line[:4000]  # the trainer's limit is in bytes, of which a character has at most four
-                seen, size = seen + 1, size + len(line)
-                heappush(kept, (-rng.random(), seen, line))
-                while size > n_chars:  # the lines with the smallest random keys stay
-                    size -= len(heappop(kept)[-1])
-            read += len(raw)
-            if read > share:
-                break
-    return [line for *_, line in sorted(kept)]
-
-
-def train_tokenizer(text: dict[str, list[Path]], vocab_size: int, seed: int, text_field: str = "") -> bytes:
-    """A SentencePiece unigram model (Kudo 2018) in which every Unicode text survives encoding and decoding.
-
-    No normalisation, spaces kept, bytes for characters outside the vocabulary; U+2581, SentencePiece's own sign for a
-    space, is the one character that comes back as another. Raises InputError where vocab_size does not fit the text.
-    """
-    share = TOKENIZER_CHARS // len(text)
-    lines = [line for files in text.values() for line in sample_lines(files, share, seed, text_field)]
-    if not lines:
-        raise InputError("no text to train a tokenizer on: every file is empty")
-    random.Random(seed).shuffle(lines)
-    ids, model = SpecialIds(vocab_size), io.BytesIO()
-    special = dict(pad_id=ids.pad, bos_id=ids.bos, eos_id=ids.eos, unk_id=ids.unk, pad_piece="<pad>")
-    # Control symbols get the ids from 4 on, in this order, and are never made from text, whatever it says.
-    special["control_symbols"] = ["<mask>", "[CLM]"] + [f"<extra_id_{k}>" for k in range(ids.n_sentinels)]
-    lossless = dict(byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False)
-    other = dict(model_type="unigram", max_sentence_length=1 << 16, minloglevel=2, num_threads=8)  # result depends on 8
-    try:
-        spm.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=model, vocab_size=vocab_size, **special, **lossless, **other
-        )
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).split("] ")[-1] or "too small"
-        raise InputError(f"--vocab-size {vocab_size} does not fit this text: {reason}") from None
-    return model.getvalue()
-
-
-def read_tokenizer(path: Path) -> bytes:
-    """The bytes of a tokenizer.model. Raises InputError if it cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); name a tokenizer.model") from None
-
-
-def load_tokenizer(model: bytes, name: object) -> spm.SentencePieceProcessor:
-    """Raises InputError, naming `name`, unless `model` is a SentencePiece model with this project's special ids."""
-    tokenizer = spm.SentencePieceProcessor()
-    try:
-        tokenizer.LoadFromSerializedProto(model)
-    except RuntimeError:
-        raise InputError(f"{name}: not a SentencePiece model; train one with `python data.py`") from None
-    ids = SpecialIds(tokenizer.vocab_size())
-    special = {ids.pad: "<pad>", ids.mask: "<mask>", ids.ordinary - 1: f"<extra_id_{ids.n_sentinels - 1}>"}
-    if any(i >= ids.vocab_size or tokenizer.id_to_piece(i) != piece for i, piece in special.items()):
-        raise InputError(f"{name}: its special tokens are not this project's; train one with `python data.py`")
-    return tokenizer
 
 
 # Shards ------------------------------------------------------------------------------------------------------------
@@ -266,7 +190,7 @@ def _open_folder(data_dir: Path, given: Path | None, train: Callable[[], bytes])
         remedy = f"to continue it or add languages, give --tokenizer {there}" if there.exists() else "name another"
         raise InputError(f"{data_dir}: not empty; {remedy}")
     model = read_tokenizer(given) if given else train()
-    load_tokenizer(model, given)
+    model = adopt_tokenizer(model, given)
     if not there.exists():
         with tempfile.TemporaryDirectory(suffix=".tmp", dir=data_dir) as name:
             (Path(name) / there.name).write_bytes(model)
@@ -492,7 +416,7 @@ def main() -> None:
     flag("text_dir", type=Path, help=f"folder with {LAYOUT}")
     flag("data_dir", type=Path, help="folder to write: a new one, or with --tokenizer one to continue or add to")
     flag("--vocab-size", type=int, default=150_000, help="pieces, special ones included (default %(default)s)")
-    flag("--tokenizer", type=Path, help="use this tokenizer.model instead of training one")
+    flag("--tokenizer", type=Path, help="use this SentencePiece unigram model instead of training one")
     flag("--text-field", default="", help="field of JSON lines or parquet with the text (default text, else content)")
     flag("--valid-fraction", type=float, default=0.01, help="share of documents held out (default %(default)s)")
     flag("--seed", type=int, default=0, help="of the tokenizer's sample and of the split (default %(default)s)")

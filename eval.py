@@ -29,9 +29,10 @@ from checkpoint import load_checkpoint, load_model
 from cli import InputError, build, rank, run_command
 from compute import paper_saving, saved, scratch_flops
 from config import SAMPLE, default_lr, open_data
-from data import HERE, TokenData, load_tokenizer
+from data import HERE, TokenData
 from generate import generate
 from objectives import VALID_NOISE, SpecialIds, sample_rng
+from tokenizer import load_tokenizer
 from train_encoder import MLMConfig, encoder_objective
 from train_seq2seq import DenoiseConfig, seq2seq_objective
 

@@ -17,6 +17,7 @@ os.environ["HF_MODULES_CACHE"] = MODULES.name
 import torch  # noqa: E402
 
 import data  # noqa: E402
+from tokenizer import load_tokenizer  # noqa: E402
 
 torch.set_num_threads(1)  # models this small are no faster with two, and slower beside other work
 hypothesis.settings.register_profile("steady", deadline=None)  # a busy machine fails no test
@@ -57,7 +58,7 @@ def command(monkeypatch, tmp_path) -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def tokenizer(data_dir):
-    return data.load_tokenizer((data_dir / "tokenizer.model").read_bytes(), "x")
+    return load_tokenizer((data_dir / "tokenizer.model").read_bytes(), "x")
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ import cli
 import data
 from data import InputError, TokenData, find_text, permuted, prepare
 from text import document_text, raw_documents, text_lines
+from tokenizer import sample_lines, train_tokenizer
 
 LANGUAGES = ["ar", "de", "en", "es", "fr", "hi", "it", "ja", "mr", "pt", "ta", "te"]
 
@@ -56,8 +57,8 @@ def test_names_of_special_tokens_are_text(tokenizer, text):
 
 def test_the_tokenizer_is_reproducible_and_balanced(text_dir):
     text, _ = find_text(text_dir)
-    assert data.train_tokenizer(text, 1000, seed=0) == data.train_tokenizer(text, 1000, seed=0)
-    sizes = {x: sum(map(len, data.sample_lines(files, 5000, 0))) for x, files in text.items()}
+    assert train_tokenizer(text, 1000, seed=0) == train_tokenizer(text, 1000, seed=0)
+    sizes = {x: sum(map(len, sample_lines(files, 5000, 0))) for x, files in text.items()}
     assert all(4500 < size <= 5000 for size in sizes.values())
 
 
@@ -375,7 +376,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_half_there(text_dir, data_dir, s
 
 def test_another_tokenizer_than_the_folders_is_refused(text_dir, data_dir, tmp_path):
     shutil.copytree(data_dir, tmp_path / "out")
-    (tmp_path / "new.model").write_bytes(data.train_tokenizer(find_text(text_dir)[0], 900, seed=0))
+    (tmp_path / "new.model").write_bytes(train_tokenizer(find_text(text_dir)[0], 900, seed=0))
     with pytest.raises(InputError, match=r"new\.model: not that of .*out; give --tokenizer .*out/tokenizer\.model"):
         prepare(text_dir, tmp_path / "out", 0, tmp_path / "new.model", 0.2)
     assert_same_data(tmp_path / "out", data_dir)
