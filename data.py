@@ -29,6 +29,7 @@ from functools import lru_cache
 from hashlib import blake2b, sha256
 from heapq import heappop, heappush
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import sentencepiece as spm
@@ -167,6 +168,10 @@ def text_lines(text: str) -> list[str]:
 
 # Tokenizer ---------------------------------------------------------------------------------------------------------
 
+SPECIAL_PIECES = ["<pad>", "<s>", "</s>", "<unk>", "<mask>", "[CLM]"]  # by their ids, as SpecialIds has them
+SPECIAL_PIECES += [f"<extra_id_{k}>" for k in range(SpecialIds.n_sentinels)]
+BYTE_PIECES = [f"<0x{byte:02X}>" for byte in range(256)]
+
 
 def sample_lines(files: list[Path], n_chars: int, seed: int) -> list[str]:
     """A uniform sample of about n_chars characters of lines, spread over files: from 32 times as much text, or 1 MB of
@@ -204,8 +209,6 @@ def train_tokenizer(text: dict[str, list[Path]], vocab_size: int, seed: int) -> 
         raise InputError("no text to train a tokenizer on: every file is empty")
     random.Random(seed).shuffle(lines)
     ids, model = SpecialIds(vocab_size), io.BytesIO()
-    # Control symbols get the ids from 4 on, in this order, and are never made from text, whatever it says.
-    control = ["<mask>", "[CLM]"] + [f"<extra_id_{k}>" for k in range(ids.n_sentinels)]
     try:
         spm.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
@@ -220,7 +223,7 @@ def train_tokenizer(text: dict[str, list[Path]], vocab_size: int, seed: int) -> 
             eos_id=ids.eos,
             unk_id=ids.unk,
             pad_piece="<pad>",
-            control_symbols=control,
+            control_symbols=SPECIAL_PIECES[ids.mask :],  # text never becomes one of them, whatever it says
             max_sentence_length=1 << 16,
             num_threads=8,  # a constant: the result depends on it
             minloglevel=2,
@@ -240,19 +243,76 @@ def read_tokenizer(path: Path) -> bytes:
     raise InputError(f"{path}: not a file of at most {MAX_MODEL >> 20} MB; name a tokenizer.model")
 
 
-def load_tokenizer(model: bytes, name: object) -> spm.SentencePieceProcessor:
-    """Raises InputError, naming `name`, unless `model` is a SentencePiece model with this project's special ids."""
+def _unigram_model(model: bytes, name: object) -> tuple[spm.SentencePieceProcessor, list[str]]:
+    """The tokenizer and its pieces. Raises InputError, naming `name`, unless it is a SentencePiece unigram model."""
     tokenizer = spm.SentencePieceProcessor()
     try:
         tokenizer.LoadFromSerializedProto(model)
-        ids = SpecialIds(tokenizer.vocab_size())
-        pieces = tokenizer.id_to_piece(list(range(ids.vocab_size)))  # all of them: some might be no UTF-8
+        pieces = tokenizer.id_to_piece(list(range(tokenizer.vocab_size())))
     except (RuntimeError, UnicodeDecodeError):
         raise InputError(f"{name}: not a SentencePiece model; train one with `python data.py`") from None
-    special = {ids.pad: "<pad>", ids.mask: "<mask>", ids.ordinary - 1: f"<extra_id_{ids.n_sentinels - 1}>"}
-    if any(pieces[i : i + 1] != [piece] for i, piece in special.items()):
-        raise InputError(f"{name}: its special tokens are not this project's; train one with `python data.py`")
+    try:
+        tokenizer.nbest_encode_as_ids("a", 1)
+    except RuntimeError:  # no other kind of model can do this
+        raise InputError(f"{name}: a BPE, word or char model; take a unigram model or train one here") from None
+    return tokenizer, pieces
+
+
+def load_tokenizer(model: bytes, name: object) -> spm.SentencePieceProcessor:
+    """Raises InputError, naming `name`, unless `model` is a SentencePiece unigram model with our special ids."""
+    tokenizer, pieces = _unigram_model(model, name)
+    if pieces[: len(SPECIAL_PIECES)] != SPECIAL_PIECES:
+        raise InputError(f"{name}: its special tokens are not this project's; give it to data.py with --tokenizer")
     return tokenizer
+
+
+def sentencepiece_messages(name: object) -> ModuleType:
+    """The classes of a SentencePiece model's parts. Raises InputError, naming the model, if protobuf is missing."""
+    try:
+        from sentencepiece import sentencepiece_model_pb2
+    except ImportError:
+        raise InputError(f"{name}: a tokenizer not trained here needs protobuf: pip install protobuf") from None
+    return sentencepiece_model_pb2
+
+
+def adopt_tokenizer(model: bytes, name: object) -> bytes:
+    """A SentencePiece unigram model (mT5's, XLM-R's, one's own) with our special ids; prints what has changed.
+
+    Our special pieces come first, then the 256 bytes, then its ordinary and user-defined pieces in their order, with
+    their scores. Its normalisation stays, and text in characters that it knows is cut into the same pieces as before.
+    Other characters become bytes, even if they were <unk> before, so that they are not lost. Its control and unused
+    pieces are dropped, and so is a piece spelled like one of ours. A model with our special ids is returned unchanged.
+    Raises InputError, naming `name`, for anything but a unigram model, and if protobuf is missing.
+    """
+    _, pieces = _unigram_model(model, name)
+    if pieces[: len(SPECIAL_PIECES)] == SPECIAL_PIECES:
+        return model
+    messages = sentencepiece_messages(name)
+    Piece, proto = messages.ModelProto.SentencePiece, messages.ModelProto.FromString(model)
+    ours = [Piece(piece=text, score=0, type=Piece.CONTROL) for text in SPECIAL_PIECES]
+    ours[SpecialIds.unk].type = Piece.UNKNOWN
+    ours += [Piece(piece=text, score=0, type=Piece.BYTE) for text in BYTE_PIECES]
+    spellings, stands_for_text = {x.piece for x in ours}, (Piece.NORMAL, Piece.USER_DEFINED)
+    kept, dropped = [], []
+    for x in proto.pieces:
+        if x.type in stands_for_text and x.piece not in spellings:
+            kept.append(x)
+        elif x.type in stands_for_text or x.piece not in spellings:  # the others are replaced by ours
+            dropped.append(x.piece)
+    adopted = messages.ModelProto.FromString(model)
+    del adopted.pieces[:]
+    adopted.pieces.extend(ours + kept)
+    spec = adopted.trainer_spec
+    spec.byte_fallback, spec.vocab_size = True, len(adopted.pieces)
+    spec.pad_id, spec.bos_id, spec.eos_id, spec.unk_id = range(4)  # as SpecialIds has them
+    spec.pad_piece, spec.bos_piece, spec.eos_piece, spec.unk_piece = SPECIAL_PIECES[:4]
+    spec.control_symbols[:] = SPECIAL_PIECES[SpecialIds.mask :]
+    print(
+        f"{name}: {len(kept):,} of its {len(pieces):,} pieces are kept, in their order, as ids {len(ours)} to "
+        f"{len(adopted.pieces) - 1:,}, after {len(SPECIAL_PIECES)} special pieces and 256 bytes"
+        + (f"; dropped: {' '.join(dropped[:10])}{' ...' * (len(dropped) > 10)} ({len(dropped):,})" if dropped else "")
+    )
+    return adopted.SerializeToString()
 
 
 # Shards ------------------------------------------------------------------------------------------------------------
@@ -400,7 +460,7 @@ def prepare(
         text = _share(text, *part)
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be read or made ({error.strerror}); name another") from None
-    load_tokenizer(model, tokenizer)
+    model = adopt_tokenizer(model, tokenizer)
     there = data_dir / "tokenizer.model"
     if there.exists() and there.read_bytes() != model:
         raise InputError(f"{there}: another part's, not that of --tokenizer {tokenizer}; use one for all parts")
@@ -678,7 +738,7 @@ def main() -> None:
     parser.add_argument(
         "--vocab-size", type=int, default=150_000, help="pieces, special ones included (default %(default)s)"
     )
-    parser.add_argument("--tokenizer", type=Path, help="use this tokenizer.model instead of training one")
+    parser.add_argument("--tokenizer", type=Path, help="use this SentencePiece unigram model instead of training one")
     parser.add_argument(
         "--part", default="1/1", metavar="I/N", help="encode the I-th of N shares of the files (default %(default)s)"
     )
