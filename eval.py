@@ -46,7 +46,7 @@ MARK = "\ufdd0"  # stands for <mask> while a sentence is encoded: a code point t
 def encode_sentence(tokenizer: SentencePieceProcessor, text: str) -> Tensor:
     """Tokens [1, S] of a sentence and its closing </s>; each "<mask>", with the space before it, is one token."""
     ids = SpecialIds(tokenizer.vocab_size())
-    mark = tokenizer.encode(MARK)[1:]  # bytes, after the space that every encoding begins with
+    mark = [tokenizer.piece_to_id(f"<0x{byte:02X}>") for byte in MARK.encode()]
     space, tokens = tokenizer.piece_to_id("▁"), []
     for token in tokenizer.encode(text.replace("<mask>", MARK)):
         tokens.append(token)

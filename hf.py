@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import model as model_code
 from checkpoint import MODELS, as_checkpoint, load_model
 from cli import InputError
-from data import load_tokenizer, read_tokenizer
 from model import ModelConfig
+from tokenizer import load_tokenizer, read_tokenizer
 
 try:
     import transformers
@@ -28,7 +28,7 @@ except ImportError:
 import hf_names
 import hf_seq2seq
 from hf_names import FAMILIES
-from hf_tokenizer import save_tokenizer
+from hf_tokenizer import hf_tokenizer, save_tokenizer
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -99,7 +99,7 @@ def to_hf(path: Path, folder: Path) -> None:
     if model.cfg.fusion:
         remedy = f"export its encoder: extract.py {path} --out enc.pt"
         raise InputError(f"{path}: no model of transformers has attention fusion; {remedy}")
-    theirs = hf_model(model)
+    theirs, tokenizer = hf_model(model), hf_tokenizer(checkpoint["tokenizer"], model.cfg.max_len)
     theirs.config.history = checkpoint["history"]
     try:
         part.mkdir(parents=True)
@@ -108,7 +108,8 @@ def to_hf(path: Path, folder: Path) -> None:
             theirs.config.auto_map = {auto: f"modeling_seq2seq.{name}" for auto, name in names.items()}
             (part / "modeling_seq2seq.py").write_text(modelling_file(), "utf-8")
         theirs.save_pretrained(part, state_dict=_tensors_to_save(theirs), save_original_format=False)
-        save_tokenizer(checkpoint["tokenizer"], model.cfg.max_len, part)
+        save_tokenizer(tokenizer, part)
+        (part / "tokenizer.model").write_bytes(checkpoint["tokenizer"])
         part.rename(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
