@@ -273,7 +273,7 @@ def test_fill_mask_and_generate_work_there(command, checkpoints):
         command(extract, f"{name}.pt", "--to-hf", name)
     ours, checkpoint = load_model(checkpoints / "enc.pt")
     tokenizer = load_tokenizer(checkpoint["tokenizer"], "x")
-    ((best, *_),) = evaluation.fill(ours, tokenizer, SpecialIds(3000), "The river is <mask> in winter.")
+    ((best, *_),) = evaluation.fill(ours, tokenizer, "The river is <mask> in winter.")
     (seen, *_) = transformers.pipeline("fill-mask", "enc")("The river is <mask> in winter.")
     assert seen["score"] == pytest.approx(best[1], rel=1e-4)
     assert tokenizer.id_to_piece(seen["token"]).replace("▁", " ") == best[0]
