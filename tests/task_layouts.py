@@ -219,7 +219,7 @@ LAYOUTS = [
                  "1 labels contradictory read as contradiction")),
     Layout("XNLI, original, moved", "nli", MOVED, XNLI, said=("en/dev.tsv: 3 items of other languages left out",)),
     Layout("XNLI, hub", "nli", PARQUET, parquet(pair, label=list(task_data.NLI)), "validation",
-           more=(("all_languages/README.md", ""),), said=("no split in the name: all_languages/README.md",)),
+           more=(("all_languages/test.jsonl", '{"premise": {}}\n'),), said=("in the name: all_languages/test.jsonl",)),
     Layout("XNLI, hub, classes without names", "nli", PARQUET, parquet(pair), "validation",
            refused="en/train-00000-of-00001.parquet:1: premise, hypothesis, label must be texts"),
     Layout("XNLI, XTREME with labels", "nli", "{split}-{lang}.tsv", XTREME),

@@ -190,10 +190,13 @@ def test_rows_hold_every_word_once(tokenizer, ids):
         assert (sum(row.item == i for row in rows) == 1) == (n <= 31)
 
 
-def test_a_pair_of_texts_is_cut_at_the_longer_one(tokenizer, ids):
-    (row,) = tagger([Item(["river " * 50, "a house"], label="x")], tokenizer, ids).rows
-    premise, hypothesis = (tokenizer.encode(text) for text in ("river " * 50, "a house"))
-    assert row.src == [*premise[: 30 - len(hypothesis)], ids.eos, *hypothesis, ids.eos] and row.label == 0
+@pytest.mark.parametrize("longer", [0, 1])
+def test_a_pair_of_texts_is_cut_at_the_longer_one(tokenizer, ids, longer):
+    texts = ["river " * 50, "a house"] if longer == 0 else ["a house", "river " * 50]
+    (row,) = tagger([Item(texts, label="x")], tokenizer, ids).rows
+    pieces = [tokenizer.encode(text) for text in texts]
+    pieces[longer] = pieces[longer][: 30 - len(pieces[1 - longer])]
+    assert row.src == [*pieces[0], ids.eos, *pieces[1], ids.eos] and row.label == 0
 
 
 def test_a_batch_of_windows_without_words_has_a_loss_of_zero(tokenizer, ids):
@@ -237,6 +240,16 @@ def test_a_frozen_encoder_stays_and_its_heads_read_all_layers(checkpoints, folde
     assert all(torch.equal(x, before[name]) for name, x in after.items() if name in before)
     assert after["fusion.query"].abs().sum() > 0
     assert all(torch.equal(x, before[name]) for name, x in body.state_dict().items())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_best_epoch_is_kept(checkpoints, folder, tokenizer, ids, seed):
+    """Also when later ones are worse, at a rate that is far too high."""
+    body = load_model(checkpoints / "enc.pt")[0]
+    train, dev, _ = task_data.read_task("pos", folder / "pos", "en")
+    job = Job("pos", train, dev, tokenizer, ids, 5, 8, freeze=False, beams=1, dtype="fp32")
+    best, learner = tasks.finetune(job, body, 0.3, seed)
+    assert scores("pos", dev, learner.predict(dev, "x"))["accuracy"] == best
 
 
 def test_scores_do_not_depend_on_the_batch(tokenizer, ids, monkeypatch):
@@ -391,14 +404,18 @@ def test_the_longest_text_that_fits(tokenizer, ids, capsys):
         job = Job("summ", [Item([text], label=text)], [], tokenizer, ids, 1, 8, False, 1, "fp32", cut=True)
         tasks.count_cut(job, 32, {})
         assert (", and cut" in capsys.readouterr().out) == cut
+    job = Job("summ", [Item(["a"], label=fits)], [], tokenizer, ids, 1, 8, False, 1, "fp32", cut=True)
+    tasks.count_cut(job, 32, {"de": [Item(["a"], label=not_)]})
+    assert capsys.readouterr().out == "de test: 1 of 1 targets are longer than the 32 tokens generated at most\n"
 
 
-def test_test_targets_longer_than_what_is_generated_are_counted(tokenizer, ids, capsys):
-    job = Job("summ", [Item(["a"], label="a")], [Item(["a"], label="a")], tokenizer, ids, 1, 8, False, 1, "fp32")
-    tasks.count_cut(job, 64, {"de": [Item(["a"], label="a " * 20)] * 2 + [Item(["a"], label="a")]})
+@pytest.mark.parametrize("max_len", [64, 32])
+def test_test_targets_longer_than_what_is_generated_are_counted(tokenizer, ids, max_len, capsys):
+    short, long = Item(["a"], label="a"), Item(["a"], label="a " * 40)
+    job = Job("summ", [short], [short], tokenizer, ids, 1, 8, freeze=False, beams=1, dtype="fp32", cut=True)
+    tasks.count_cut(job, max_len, {"de": [long, long, short]})
     n = len(tokenizer.encode("a")) + 1 + 10
-    expected = f"de test: 2 of 3 targets are longer than the {n} tokens generated at most\n"
-    assert capsys.readouterr().out == expected
+    assert capsys.readouterr().out == f"de test: 2 of 3 targets are longer than the {n} tokens generated at most\n"
 
 
 # Baselines ----------------------------------------------------------------------------------------------------------
