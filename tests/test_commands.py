@@ -142,6 +142,14 @@ def test_output_that_nobody_reads_or_no_disk_takes_is_no_traceback(tmp_path):
     assert not done.stderr and done.returncode == 0 and (tmp_path / "enc.pt").exists()
 
 
+def test_output_that_takes_ascii_only_is_no_traceback():
+    line = [sys.executable, "-c", "import cli; cli.run_command(lambda: print('नदी'))"]
+    done = subprocess.run(
+        line, cwd=ROOT, env=dict(os.environ, PYTHONIOENCODING="ascii"), capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout == "\\u0928\\u0926\\u0940\n"
+
+
 def test_a_name_too_long_is_one_line(capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.run_command(lambda: open("x" * 300))
