@@ -193,7 +193,7 @@ def from_iob1(tags: list[list[str]], notes: Counter) -> list[list[str]]:
     opens = [[tag[2:] not in ("", last[2:]) for last, tag in zip(["O", *row], row)] for row in tags]
     letters = Counter(tag[0] for row, xs in zip(tags, opens) for tag, x in zip(row, xs) if x)
     if letters["B"] or not letters["I"]:
-        notes["entities that begin with I- left so"] += letters["I"]
+        notes["entities that begin with I-, left so"] += letters["I"]
         return tags
     notes["entities converted from IOB1 to BIO"] += letters["I"]
     return [["B" + tag[1:] if x else tag for tag, x in zip(row, xs)] for row, xs in zip(tags, opens)]
@@ -206,9 +206,7 @@ def read_tagged(task: str, path: Path, language: str, notes: Counter) -> list[It
     for number, record in (sentences if unpacked(path).suffix in by_word else records)(task, path):
         words, tags = (re.findall("[^ ]+", x) if isinstance(x, str) else x for x in (record["words"], record["tags"]))
         if len(words) != len(tags):
-            raise InputError(
-                f"{path}:{number}: {len(words)} words, {len(tags)} tags; give each word one or drop the line"
-            )
+            raise InputError(f"{path}:{number}: {len(words)} words and {len(tags)} tags; give every word a tag")
         if odd := [tag for tag in tags if not re.fullmatch(valid, str(tag))]:
             raise InputError(f"{path}:{number}: the tag {odd[0]!r} in this sentence is not {kind}; convert the tags")
         items.append(Item(words, tags, record.get("label", "")))
@@ -286,9 +284,7 @@ def read_task(
     for split, language in wanted:
         if language not in splits[split]:
             there = " ".join(sorted(splits[split])) or "none"
-            raise InputError(
-                f"{folder}: no {split} file of {language}, but of {there}; choose --train-lang and --langs"
-            )
+            raise InputError(f"{folder}: no {split} file of {language}, but of {there}; see --train-lang and --langs")
     if skipped := sorted((splits["train"] | splits["dev"]).keys() - languages) if not chosen else []:
         print(f"no test file, not scored: {' '.join(skipped)}")
     train, dev, *test = (read_files(task, splits[split][language], language) for split, language in wanted)

@@ -101,8 +101,8 @@ def test_two_treebanks_of_one_language(tmp_path, capsys):
 @pytest.mark.parametrize(
     "train_language, chosen, complaint",
     [
-        ("fr", None, "no train file of fr, but of en; choose --train-lang"),
-        ("en", ["hi"], "no test file of hi, but of de en; choose"),
+        ("fr", None, "no train file of fr, but of en; see --train-lang"),
+        ("en", ["hi"], "no test file of hi, but of de en; see"),
         ("de", None, "no train file of de, but of en"),
     ],
 )
@@ -152,7 +152,7 @@ def test_a_file_packed_and_not(tmp_path):
         ("ner", "a.bio", "a\tO\nb\tO\tO\n", "a.bio:2: not word, tag"),
         ("ner", "a.bio", "a\tO\n\nb\tO\nc\tPER\n", "a.bio:3: the tag 'PER' in this sentence is not BIO"),
         ("ner", "a.jsonl", '{"tokens": ["a"], "ner_tags": [0]}\n', "a.jsonl:1: the tag 0 in this"),
-        ("slots", "a.tsv", "a b\tO\ti\n", "a.tsv:1: 2 words, 1 tags; give each word one or drop the line"),
+        ("slots", "a.tsv", "a b\tO\ti\n", "a.tsv:1: 2 words and 1 tags; give every word a tag"),
         ("slots", "a.tsv", "a b\tO O\n", "a.tsv:1: not all of utterance, slot_labels, intent"),
         ("slots", "a.tsv", "a\tO\ti\tj\n", "a.tsv:1: 4 columns, not 3"),
         ("nli", "a.tsv", "a\tb\t\n", "a.tsv: nothing in it"),
@@ -244,7 +244,7 @@ def test_sentences_with_a_word_without_tag(tmp_path, capsys):
     [
         ("I-A I-A O I-A B-A", "B-A I-A O B-A B-A", "2 entities converted from IOB1 to BIO"),
         ("I-A I-B O", "B-A B-B O", "2 entities converted"),
-        ("B-A I-A O I-B", "B-A I-A O I-B", "1 entities that begin with I- left so"),
+        ("B-A I-A O I-B", "B-A I-A O I-B", "1 entities that begin with I-, left so"),
         ("B-A B-A I-A O", "B-A B-A I-A O", ""),
         ("O O", "O O", ""),
     ],

@@ -99,7 +99,7 @@ def test_rouge_of_other_scripts():
 
 
 def real_sets(task):
-    """All sets of a task, or only their first items."""
+    """(split, items) of all sets of a task."""
     for split, languages in find_splits(task, SHARED / task.replace("pos", "udpos"), "en").items():
         for language, files in languages.items():
             yield split, read_files(task, files, language)
@@ -337,7 +337,7 @@ def test_a_run_that_learned_nothing_is_told(command, checkpoints, folder, capsys
     [
         (["--task", "pos"], "--task pos needs --data DIR"),
         (["--task", "pos", "--data", "nowhere"], "nowhere: no such folder"),
-        (["--task", "pos", "--data", "pos", "--langs", "hi"], "pos: no test file of hi, but of de en; choose"),
+        (["--task", "pos", "--data", "pos", "--langs", "hi"], "pos: no test file of hi, but of de en; see"),
         (["--task", "parse", "--data", "parse"], "enc.pt: a checkpoint of kind 'encoder', not seq2seq"),
         (["--task", "nli", "--data", "nli", "--n-train", "-1"], "--n-train -1: it must be at least 0"),
         (["--task", "nli", "--data", "nli", "--seeds", "0"], "--seeds 0: it must be at least 1"),
