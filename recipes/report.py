@@ -42,7 +42,8 @@ def read_results(paths: list[Path]) -> list[dict]:
                 needed = ("language", "kind") + (() if row["task"] == "loss" else ("train_lang",))
                 results.append(row | {"path": path} | {name: row[name] for name in needed})
                 how = {
-                    name: row.get(name) for name in ("train_lang", "n_train", "epochs", "batch_size", "freeze", "beams")
+                    name: row.get(name)
+                    for name in ("train_lang", "n_train", "epochs", "batch_size", "freeze", "beams", "cut")
                 }
                 before = ways.setdefault((row["row"], row["task"]), how)
             except (ValueError, KeyError, TypeError, AttributeError):
