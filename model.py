@@ -38,7 +38,7 @@ class ModelConfig:
     positions: str = flag(
         "rotary", "relative, by rotation, or a learned vector each", choices=("rotary", "learned"), from_preset=True
     )
-    max_len: int = flag(0, "the longest row in tokens (default: --seq-len)", least=0, from_preset=True)
+    max_len: int = flag(0, "the longest row in tokens (default: --seq-len)", least=1, from_preset=True)
     dropout: float = flag(0.0, "on embeddings and sublayer outputs", least=0, below=1, from_preset=True)
     fusion: bool = flag(False, "the decoder sees all layers of the encoder, fused by attention", decoder_only=True)
 

@@ -37,6 +37,7 @@ def run(checkout: Path, line: str, **more) -> subprocess.CompletedProcess:
     return subprocess.run(words, cwd=checkout, capture_output=True, text=True, timeout=280, **more)
 
 
+@pytest.mark.slow
 def test_the_three_commands_without_any_flag_but_the_length(checkout):
     """They make the shards of the embedded corpus on first use; 2 steps of 4 rows in place of the default's."""
     short = "--steps 2 --batch-size 4"

@@ -56,6 +56,7 @@ def measured(folder: Path) -> dict[str, list[float]]:
     return losses
 
 
+@pytest.mark.slow
 def test_no_computed_bit_has_changed(tmp_path):
     golden = json.loads(GOLDEN.read_text())
     seen = measured(tmp_path)

@@ -326,6 +326,7 @@ def test_the_modelling_file_is_complete(monkeypatch):
 
 @both
 @pytest.mark.parametrize("python", [sys.executable, OLDER], ids=["same", "old"])
+@pytest.mark.slow
 def test_the_folders_do_without_this_project(command, checkpoints, tmp_path_factory, positions, python):
     """In a process of its own, in the older transformers too; what it writes, its own training included, is read."""
     if python is None:

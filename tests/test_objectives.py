@@ -288,6 +288,7 @@ def test_span_lengths_follow_the_poisson(mean):
     assert chi_square(seen[1:], n_rows * (drawn[1:] + parted)) < 4
 
 
+@pytest.mark.slow
 def test_different_keys_give_different_rows():
     tokens = IDS.ordinary + np.arange(256)
     rows = {noise_row(tokens, sample_rng(0, NOISE, i), IDS, "mask")[0].tobytes() for i in range(30_000)}

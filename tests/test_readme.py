@@ -80,6 +80,7 @@ def user(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_every_command(user, tmp_path):
     done = []
     for line in commands():
@@ -95,6 +96,7 @@ def test_every_command(user, tmp_path):
     assert len(done) > 20 and (tmp_path / "OUT" / "tables.md").exists() and (tmp_path / "again.pt").exists()
 
 
+@pytest.mark.slow
 def test_how_to_change_it(user, data_dir):
     scripts = {re.match(r"# (\w+\.py)\n", block)[1]: block for kind, block in BLOCKS if kind == "python"}
     assert sorted(scripts) == ["shuffled.py", "topics.py"]

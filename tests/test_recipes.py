@@ -65,6 +65,7 @@ def test_there_is_a_recipe_for_every_row():
         assert first == "#!/usr/bin/env bash" and rest[0].startswith("# ") and len(commands) == 3, row
 
 
+@pytest.mark.slow
 def test_every_recipe_end_to_end_at_demo_scale(recipe, tmp_path, capsys):
     kinds = {row: "encoder" if row in [*MLM, "roberta-12e"] else "seq2seq" for row in ROWS}
     stages = {row: ["seq2seq", "extract", "encoder"] for row in MLM}
@@ -79,6 +80,7 @@ def test_every_recipe_end_to_end_at_demo_scale(recipe, tmp_path, capsys):
     recipe(MLM[0], *NARROW, "--steps", "2", "--batch-size", "4", "--resume")  # its extracted encoder is there already
 
 
+@pytest.mark.slow
 def test_paper_scale_is_the_published_scale(recipe, tmp_path, capsys):
     """Flags that come after cut the width and the updates; what the script itself asks for is read from its command."""
     folder = tmp_path / "my shards"

@@ -294,6 +294,7 @@ def test_the_embedded_utterances():
 
 @needs_shared
 @pytest.mark.parametrize("task, layout", [("ner", "{lang}:{w}\t{t}"), ("pos", "{w}\t{t}"), ("parse", ""), ("nli", "")])
+@pytest.mark.slow
 def test_real_sets_as_released(tmp_path, task, layout):
     """Laid out as PAN-X, XTREME's UDPOS, mTOP and XTREME's XNLI, they are read as they were."""
     writers = {

@@ -209,6 +209,7 @@ def test_micro_batches_change_nothing(command, data_dir, encoder, tmp_path, micr
         torch.testing.assert_close(weights(tmp_path / "split.pt")[name], x, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_same_model(command, data_dir, encoder, tmp_path):
     """DDP over gloo, across the unfreeze step; both ranks end with the same weights as one process alone."""
     flags = ["--data", data_dir, "--init", "enc.pt", "--noise", "sentinel", "--mean-span", 1.5, "--steps", 4,
@@ -225,6 +226,7 @@ def test_two_processes_train_the_same_model(command, data_dir, encoder, tmp_path
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+@pytest.mark.slow
 def test_freed_memory_is_kept():
     """The pages of a tensor that was freed serve the next one, even where malloc is told to hand back all it can.
 
@@ -260,6 +262,7 @@ LEDGER += [(preset, kind) for preset in ("tiny", "small") for kind in ("shallow"
 
 
 @pytest.mark.parametrize("preset, kind", LEDGER)
+@pytest.mark.slow
 def test_ledger_counts_what_torch_counts(preset, kind):
     """Within 1 %, on a batch in which sources and targets are of unequal length."""
     decoder_layers = {"encoder": 0, "shallow": 1}.get(kind, PRESETS[preset]["n_decoder_layers"])
@@ -467,7 +470,7 @@ def test_the_frozen_share_is_no_update_longer(monkeypatch, share, steps, expecte
     run.data = SimpleNamespace(ids=None)
     monkeypatch.setattr(trainer, "start", lambda *_: run)
     monkeypatch.setattr(trainer, "new_model", lambda _: None)
-    monkeypatch.setattr(trainer, "fit", lambda *_, frozen: found.append(sum(map(frozen, range(steps)))))
+    monkeypatch.setattr(trainer, "fit", lambda *run: found.append(sum(map(run[-1], range(steps)))))
     found = []
     train_seq2seq.main()
     assert found == [expected]
@@ -646,6 +649,7 @@ def test_a_failed_save_leaves_the_last_good_checkpoint(command, data_dir, tmp_pa
     assert torch.load(path)["x"].tolist() == [0.0] * 10 and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_a_run_with_one_line_and_it_can_go_on(data_dir, tmp_path, script):
     flags = ["--data", data_dir, *SMALL, *ROWS, "--steps", 4, "--save-every", 1, "--keep", 4]
     script("train_encoder.py", *flags, "--out", "enc.pt")
