@@ -1,6 +1,7 @@
 """What every command shares: one-line errors, the exit status, the process's rank, and flags made from dataclasses."""
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -86,6 +87,16 @@ def run_command(main: Callable[[], None]) -> None:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def append_json(path: Path, *rows: dict) -> None:
+    """Adds JSON lines to a file. Raises InputError, which names it, as the error of a full disk does not."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    except OSError as error:
+        remedy = "make room or give another --out; --resume continues a run"
+        raise InputError(f"{path}: cannot be written ({error.strerror}); {remedy}") from None
 
 
 def flag(default: object, text: str, **more: object) -> object:

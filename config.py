@@ -3,8 +3,7 @@
 import argparse
 import math
 import tempfile
-from collections.abc import Iterator
-from dataclasses import MISSING, Field, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 import torch.distributed as dist
@@ -102,14 +101,6 @@ def default_lr(d_model: int) -> float:
     return 0.016 / math.sqrt(max(1, d_model))
 
 
-def flag_fields(kind: str, configs: list[type]) -> Iterator[tuple[type, Field]]:
-    """The fields of the configs that are flags of this kind of run, each with its config."""
-    for config in configs:
-        for f in fields(config):
-            if "help" in f.metadata and not (kind == "encoder" and f.metadata.get("decoder_only")):
-                yield config, f
-
-
 def parse_flags(description: str, kind: str, objective: type) -> dict:
     """The flags that were given on the command line, and `out`."""
     as_written = argparse.RawDescriptionHelpFormatter
@@ -121,14 +112,17 @@ def parse_flags(description: str, kind: str, objective: type) -> dict:
     parser.add_argument("--init", help="encoder checkpoint to start from; it sets the model's shape")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of --out, if any")
     parser.add_argument("--preset", choices=PRESETS, help="model size (default micro); flags below change parts of it")
-    groups = {c: parser.add_argument_group(c.__name__) for c in (TrainConfig, ModelConfig, objective)}
-    for config, f in flag_fields(kind, list(groups)):
-        text = f.metadata["help"].replace("%", "%%")
-        text += "" if f.metadata.get("from_preset") else f" (default {f.default})"
-        more: dict = {"type": type(f.default), "choices": f.metadata.get("choices")}
-        if type(f.default) is bool:
-            more = {"action": argparse.BooleanOptionalAction}
-        groups[config].add_argument(flag_name(f.name), dest=f.name, help=text, **more)
+    for config in (TrainConfig, ModelConfig, objective):
+        group = parser.add_argument_group(config.__name__)
+        for f in fields(config):
+            if "help" not in f.metadata or (kind == "encoder" and f.metadata.get("decoder_only")):
+                continue
+            text = f.metadata["help"].replace("%", "%%")
+            text += "" if f.metadata.get("from_preset") else f" (default {f.default})"
+            more: dict = {"type": type(f.default), "choices": f.metadata.get("choices")}
+            if type(f.default) is bool:
+                more = {"action": argparse.BooleanOptionalAction}
+            group.add_argument(flag_name(f.name), dest=f.name, help=text, **more)
     return vars(parser.parse_args())
 
 
@@ -152,9 +146,11 @@ def make_run(kind: str, flags: dict, objective: type) -> Run:
     if resume and newest:
         state, settings = _resumed(kind, out, newest, preset, flags)
     else:
+        if resume and out.exists():
+            raise InputError(f"{out}: exists, but no checkpoint of its run to resume from; give another --out")
+        init, settings = _fresh(kind, out, newest, preset, flags)
         if resume:
             say(f"{out.with_suffix('.run')}: nothing to resume, a new run starts")
-        init, settings = _fresh(kind, out, newest, preset, flags)
     configs = [TrainConfig, ModelConfig, objective]
     settings = {f.name: f.default for c in configs for f in fields(c) if f.default is not MISSING} | settings
     train = build(TrainConfig, settings)

@@ -11,7 +11,6 @@ python eval.py seq2seq.pt --task parse --data DIR --seeds 3 --out results.jsonl 
 """
 
 import argparse
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ import task_data
 import tasks
 import trainer
 from checkpoint import load_checkpoint, load_model
-from cli import InputError, build, rank, run_command
+from cli import InputError, append_json, build, rank, run_command
 from compute import paper_saving, saved, scratch_flops
 from config import SAMPLE, default_lr, open_data
 from data import HERE, TokenData
@@ -156,7 +155,8 @@ def print_losses(args: argparse.Namespace) -> Subject:
     """The held-out loss of each language; every number goes to --out."""
     subject = open_subject(args)
     data, checkpoint = subject.data, subject.checkpoint
-    append(args.out, [])  # fails now rather than at the end
+    if args.out:
+        append_json(args.out)  # fails now rather than at the end
     losses = trainer.held_out_loss(subject.model, data, subject.languages, subject.objective, subject.settings["dtype"])
     entropies = {language: data.unigram_entropy(language) for language in losses}
     print("language   rows   loss  perplexity  unigram entropy")
@@ -167,7 +167,8 @@ def print_losses(args: argparse.Namespace) -> Subject:
         )
         about = {"checkpoint": str(args.checkpoint), "kind": checkpoint["kind"], "history": checkpoint["history"]}
         numbers = {"loss": loss, "unigram_entropy": entropies[language]}
-        append(args.out, [about | {"task": "loss", "language": language} | numbers])
+        if args.out:
+            append_json(args.out, about | {"task": "loss", "language": language} | numbers)
     mean, entropy = (sum(x.values()) / len(x) for x in (losses, entropies))
     print(f"mean            {mean:6.3f} {'':11} {entropy:16.3f}")
     return subject
@@ -268,18 +269,13 @@ def run_task(args: argparse.Namespace) -> None:
     )
     about |= dict(data=str(folder), train_lang=args.train_lang, n_train=len(train), **how, cut=args.cut)
     lrs, results = args.lr or [default_lr(body.cfg.d_model)], []
-    append(args.out, [])
+    if args.out:
+        append_json(args.out)
     for result in tasks.evaluate(job, body, lrs, args.seeds, test):
         results.append(result)
-        append(args.out, [about | result])
+        if args.out:
+            append_json(args.out, about | result)
     tasks.print_scores(args.task, results, args.train_lang)
-
-
-def append(path: Path | None, rows: list[dict]) -> None:
-    """Adds JSON lines to a file, if one is given."""
-    if path:
-        with open(path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 # The command -------------------------------------------------------------------------------------------------------

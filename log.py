@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cli import InputError, rank, say
+from cli import InputError, append_json, rank, say
 from config import Run
 
 
@@ -71,8 +71,7 @@ class Log:
 
     def _write(self, **values: object) -> None:
         if rank() == 0:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(values) + "\n")
+            append_json(self.path, values)
 
     def step(self, step: int, loss: float, norm: float, lr: float, speed: float) -> None:
         """One update: loss in nats, gradient norm, AdamW's rate, tokens a second."""

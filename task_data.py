@@ -6,12 +6,8 @@ hub), train-<lang>.tsv, train_<LANG>.tsv (XTREME, MultiATIS++), <lang>.train.con
 column has it (XNLI), or there is one only (XSum). What is dropped, converted or guessed is printed.
 """
 
-import bz2
-import gzip
 import json
-import lzma
 import re
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -21,7 +17,7 @@ from itertools import accumulate, chain
 from pathlib import Path
 
 from cli import InputError
-from text import refuse_packed_twice
+from text import refuse_packed_twice, unpack, unpacked
 
 NLI = ("entailment", "neutral", "contradiction")
 UPOS = "ADJ|ADP|ADV|AUX|CCONJ|DET|INTJ|NOUN|NUM|PART|PRON|PROPN|PUNCT|SCONJ|SYM|VERB|X"
@@ -43,27 +39,23 @@ NAME = re.compile(
     rf"((?P<ud>[a-z]+)_\w+-ud-|(?P<first>{CODE})\.|(?P<xlsum>[a-z_]+)_(?=[a-z]+\.jsonl)|.*[-_.])?"
     rf"(?P<split>train|dev|valid|validation|val|eval|test)([-_.](?P<last>{CODE})\.\w+|[-_.].*)?"
 )
-OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 
 
 # Files -------------------------------------------------------------------------------------------------------------
-
-
-def unpacked(path: Path) -> Path:
-    """A path without .gz, .xz or .bz2."""
-    return path.with_suffix("") if path.suffix in OPENERS else path
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines of a text file, packed or not. Raises InputError with file and line."""
     number = 0
     try:
-        with OPENERS.get(path.suffix, open)(path, "rb") as file:
+        with open(path, "rb") as packed, unpack(packed) as file:
             for number, line in enumerate(file, 1):
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}:{number}: not UTF-8 ({error.reason}); convert the file") from None
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+    except ImportError:
+        raise InputError(f"{path}: to read it, pip install backports.zstd") from None
+    except Exception as error:  # each package has its own for damage
         raise InputError(f"{path}:{number + 1}: cannot be read ({error}); fetch the file again") from None
 
 

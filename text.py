@@ -39,11 +39,16 @@ REFUSED = {  # beginning of a file: what is wrong, and the remedy
 ONE_A_LINE = "write one object a line: `jq -c '.[]' FILE` from an array, `jq -c . FILE` from objects over many lines"
 
 
+def unpacked(path: Path) -> Path:
+    """A path without what it is packed with (.gz ...)."""
+    return Path(re.sub(PACKED + "$", "", str(path), flags=re.I))
+
+
 def refuse_packed_twice(files: list[Path]) -> None:
     """Raises InputError where a file is there packed and unpacked: its text would count twice."""
-    seen: dict[str, Path] = {}
+    seen: dict[Path, Path] = {}
     for path in files:
-        if (other := seen.setdefault(re.sub(PACKED + "$", "", str(path), flags=re.I), path)) is not path:
+        if (other := seen.setdefault(unpacked(path), path)) is not path:
             raise InputError(f"{other} and {path.name}: one file, packed and not; remove either")
 
 
@@ -125,7 +130,7 @@ def _kind(path: Path) -> str:
     return (FORMAT.fullmatch(path.name)["kind"] or "jsonl").lower()
 
 
-def _unpacked(packed: io.BufferedReader) -> io.BufferedIOBase:
+def unpack(packed: io.BufferedReader) -> io.BufferedIOBase:
     """The contents of an open file, unpacked as its name says."""
     suffix = Path(packed.name).suffix.lower()
     if suffix == ".zst":
@@ -144,7 +149,7 @@ def raw_documents(path: Path, progress: Callable = lambda n: None, text_field: s
     """
     is_parquet, number, seen = _kind(path) == "parquet", 0, 0
     try:
-        with open(path, "rb", MAX_DOCUMENT) as packed, io.BufferedReader(_unpacked(packed), 1 << 20) as file:
+        with open(path, "rb", MAX_DOCUMENT) as packed, io.BufferedReader(unpack(packed), 1 << 20) as file:
             for reader in (packed, file):
                 for beginning, remedy in REFUSED.items():
                     if re.match(beginning, reader.peek()[:MAX_DOCUMENT]):

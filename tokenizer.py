@@ -105,7 +105,7 @@ def sentencepiece_messages(name: object) -> ModuleType:
 
 
 def adopt_tokenizer(model: bytes, name: object) -> bytes:
-    """A SentencePiece unigram model (mT5's, XLM-R's, one's own) with our special ids; prints what has changed.
+    """A SentencePiece unigram model (one's own, or another project's) with our special ids; prints what has changed.
 
     Our special pieces come first, then the 256 bytes, then its ordinary and user-defined pieces in their order, with
     their scores. Its normalisation stays, and text in characters that it knows is cut into the same pieces as before.

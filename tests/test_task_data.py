@@ -309,3 +309,13 @@ def test_real_sets_as_released(tmp_path, task, layout):
             name = names[task].format(language, "eval" if (task, split) == ("parse", "dev") else split)
             put(tmp_path / name, writers.get(task, by_word(layout))(items, language))
             assert read_files(task, find_splits(task, tmp_path, "en")[split][language], language) == items
+
+
+def test_lines_of_a_file_packed_with_zstd(tmp_path):
+    zstd = pytest.importorskip("backports.zstd", reason="pip install backports.zstd")
+    packed = zstd.compress(b"a\tb\tneutral\n" * 2)
+    (tmp_path / "test.tsv.zst").write_bytes(packed)
+    assert [*task_data.lines(tmp_path / "test.tsv.zst")] == [(1, "a\tb\tneutral"), (2, "a\tb\tneutral")]
+    (tmp_path / "cut.tsv.zst").write_bytes(packed[:-4])
+    with pytest.raises(InputError, match=r"cut\.tsv\.zst:\d: cannot be read"):
+        list(task_data.lines(tmp_path / "cut.tsv.zst"))

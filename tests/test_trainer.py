@@ -671,6 +671,20 @@ def test_a_full_disk_ends_a_run_with_one_line_and_it_can_go_on(data_dir, tmp_pat
     assert all(torch.equal(weights[name], x) for name, x in expected.items())
 
 
+def test_a_disk_too_full_for_the_log_is_one_line_that_names_it(data_dir, tmp_path, script):
+    limited = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50, 50))  # less than the first line
+    full = script("train_encoder.py", "--data", data_dir, *SMALL, *ROWS, "--steps", 2, preexec_fn=limited)
+    assert full.returncode == 2 and len(full.stderr.splitlines()) == 1, full.stderr
+    assert "enc.run/metrics.jsonl: cannot be written" in full.stderr and "--resume" in full.stderr
+
+
+def test_a_result_whose_run_is_gone_is_not_made_again(command, data_dir, encoder, tmp_path, capsys):
+    shutil.rmtree(tmp_path / "enc.run")
+    with pytest.raises(InputError, match=r"enc\.pt: exists, but no checkpoint of its run .* another --out"):
+        command(train_encoder, "--data", data_dir, "--resume", "--out", "enc.pt")
+    assert encoder.exists() and "a new run starts" not in capsys.readouterr().out
+
+
 def test_rows_without_a_target_are_no_error(command, data_dir, tmp_path):
     """A stretch of padding, as a hole in a shard would be."""
     shutil.copytree(data_dir, tmp_path / "holes")
