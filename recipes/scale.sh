@@ -15,8 +15,8 @@ case ${SCALE:=demo} in
 demo)
   SHAPE=(--preset micro --batch-size 32 --seq-len 64)
   STEPS=400 SECOND=280 MORE=80 ;;
-mini) # 8M tokens a model from scratch
-  SHAPE=(--preset tiny --batch-size 32 --seq-len 128 --eval-every 250)
+mini) # 4M tokens a model from scratch
+  SHAPE=(--preset micro --batch-size 16 --seq-len 128)
   STEPS=2000 SECOND=1400 MORE=400 ;;
 paper) # 1M tokens a batch, and only AdamW, one rate for all
   SHAPE=(--preset paper --batch-size 2048 --micro-batch-size 32 --seq-len 512 --save-every 2000 --eval-every 10000)
