@@ -51,7 +51,6 @@ class TrainConfig:
     log_every: int = flag(10, "steps between lines of metrics.jsonl", least=1)
     keep: int = flag(1, "how many checkpoints to resume from are kept", least=1)
     parallel: str = flag("ddp", "each process holds the whole model, or a shard of it", choices=("ddp", "fsdp"))
-    activation_checkpointing: bool = flag(False, "keep no activations inside a layer: less memory, a third more time")
     compile: bool = flag(False, "compile the layers: slower to start, faster after that")
     workers: int = flag(0, "processes that prepare the rows of each training process, 0: it does so itself", least=0)
     timeout: int = flag(600, "seconds until a process that does not answer the others ends the run", least=1)
@@ -68,7 +67,7 @@ class TrainConfig:
 
 # Settings that may change when a run is resumed. They affect the result by rounding only, and dropout's random numbers.
 FREE_ON_RESUME = {"data", "micro_batch_size", "save_every", "eval_every", "log_every", "keep", "parallel"}
-FREE_ON_RESUME |= {"activation_checkpointing", "compile", "workers", "timeout"}
+FREE_ON_RESUME |= {"compile", "workers", "timeout"}
 
 
 @dataclass

@@ -16,7 +16,6 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from cli import check_bounds, flag
 from objectives import IGNORE
@@ -202,13 +201,6 @@ class DecoderBlock(nn.Module):
         return x + self.dropout(self.ffn(self.ffn_norm(x)))  # [B, T, D]
 
 
-def _run(block: nn.Module, checkpointing: bool, *inputs: object) -> Tensor:
-    """The block's output. With checkpointing, its backward pass recomputes the activations instead of storing them."""
-    if checkpointing and torch.is_grad_enabled():
-        return checkpoint(block, *inputs, use_reentrant=False)
-    return block(*inputs)
-
-
 def turn_of(cfg: ModelConfig, x: Tensor, start: int = 0) -> Tensor | None:
     """The part [2, T, 1, K] of `rotary_table` for the positions of x [B, T, D] from `start` on; None if learned.
 
@@ -227,7 +219,7 @@ class Encoder(nn.Module):
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.cfg, self.checkpointing = cfg, False
+        self.cfg = cfg
         self.positions = nn.Embedding(cfg.max_len, cfg.d_model) if cfg.positions == "learned" else None
         self.dropout = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(EncoderBlock(cfg) for _ in range(cfg.n_encoder_layers))
@@ -252,7 +244,7 @@ class Encoder(nn.Module):
         mask = None if src_mask is None else src_mask[:, None, None, :]  # [B, 1, 1, S]
         layers = []
         for block in self.blocks:
-            x = _run(block, self.checkpointing, x, mask, turn, selected if block is self.blocks[-1] else None)
+            x = block(x, mask, turn, selected if block is self.blocks[-1] else None)
             if fuse is not None:
                 layers.append(x)
         return self.norm(x) if fuse is None else fuse(self.norm(torch.stack(layers)))
@@ -283,7 +275,7 @@ class Decoder(nn.Module):
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.cfg, self.checkpointing = cfg, False
+        self.cfg = cfg
         self.positions = nn.Embedding(cfg.max_len, cfg.d_model) if cfg.positions == "learned" else None
         self.dropout = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(DecoderBlock(cfg) for _ in range(cfg.n_decoder_layers))
@@ -298,7 +290,7 @@ class Decoder(nn.Module):
         x = self.dropout(embedded)  # [B, T, D]
         mask = None if src_mask is None else src_mask[:, None, None, :]  # [B, 1, 1, S]
         for i, block in enumerate(self.blocks):
-            x = _run(block, self.checkpointing, x, enc_out, mask, turn, src_turn, None if cache is None else cache[i])
+            x = block(x, enc_out, mask, turn, src_turn, None if cache is None else cache[i])
         return self.norm(x)  # [B, T, D]
 
 

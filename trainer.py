@@ -131,14 +131,9 @@ def _sum_over_ranks(values: list[float]) -> list[float]:
     return total.tolist()
 
 
-def stacks(model: nn.Module) -> list[nn.Module]:
-    """The encoder and, where there is one, the decoder."""
-    return [stack for stack in model.children() if hasattr(stack, "blocks")]
-
-
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The layers of both."""
-    return [block for stack in stacks(model) for block in stack.blocks]
+    """The layers of the encoder and, where there is one, of the decoder."""
+    return [block for part in model.children() for block in getattr(part, "blocks", [])]
 
 
 def _shard(model: nn.Module, dtype: str) -> None:
@@ -329,8 +324,6 @@ class Training:
         self.log, self.told_to_stop = log, told_to_stop
         cfg = run.train
         model.to(device())
-        for stack in stacks(model):
-            stack.checkpointing = cfg.activation_checkpointing
         if cfg.compile:
             for block in blocks(model):
                 block.compile()

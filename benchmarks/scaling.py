@@ -59,7 +59,7 @@ def state_bytes(model: nn.Module, world: int, parallel: str) -> float:
     return 16 * total / world + (4 + 4) * rest + 2 * 2 * max(blocks)  # the rest stays whole; two blocks are at a time
 
 
-def activation_bytes(cfg: ModelConfig, checkpointing: bool) -> float:
+def activation_bytes(cfg: ModelConfig) -> float:
     """Bytes that autograd keeps for each token of a row (source 85 %, target whole), counted on this CPU in bf16.
 
     With torch's attention, as on a GPU; the one written out for a CPU keeps the scores too.
@@ -78,8 +78,6 @@ def activation_bytes(cfg: ModelConfig, checkpointing: bool) -> float:
         alive: list[Tensor] = []
         shape = {**PRESETS["paper"], "n_encoder_layers": layers, "n_decoder_layers": layers}
         model = Seq2Seq(ModelConfig(1000, max_len=512, **shape)).train()
-        for stack in (model.encoder, model.decoder):
-            stack.checkpointing = checkpointing
         src, tgt = torch.full((1, 436), 200), torch.full((1, 512), 200)
         fused = unittest.mock.patch("model.plain_attention", F.scaled_dot_product_attention)
         kept_by = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
@@ -96,10 +94,7 @@ def plan() -> None:
         model = Seq2Seq(cfg)
     flops = train_flops(cfg, 2048, 436, 512, 2048 * 512)
     print(f"paper preset, {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M weights, {flops:.3g} FLOPs an update")
-    for checkpointing in (False, True):
-        kept = activation_bytes(cfg, checkpointing)
-        how = "with" if checkpointing else "without"
-        print(f"{how} --activation-checkpointing, {kept / 1e6:.2f} MB a token are kept for the backward pass")
+    print(f"{activation_bytes(cfg) / 1e6:.2f} MB a token are kept for the backward pass")
     print("of each GPU, in an update:")
     print("GPUs  wrapper  rows  states, GB  sent, GB  sent while frozen, GB    FLOPs  FLOPs a byte sent")
     for world in (8, 64):

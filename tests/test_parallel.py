@@ -186,7 +186,7 @@ def test_one_model_whatever_the_split(encoder, launch, tmp_path):
         (1, "micro", ["--micro-batch-size", 2]),
         (2, "ddp", ["--micro-batch-size", 2]),
         (2, "fsdp", ["--parallel", "fsdp", "--micro-batch-size", 3]),
-        (2, "fsdp2", ["--parallel", "fsdp", "--activation-checkpointing"]),
+        (2, "fsdp2", ["--parallel", "fsdp"]),
     ):
         done = launch(processes, name, *flags)
         assert done.returncode == 0, done.stderr
@@ -342,13 +342,9 @@ def test_the_last_checkpoints_are_kept(command, data_dir, tmp_path, keep):
 
 
 @pytest.mark.slow
-def test_activation_checkpointing_and_compiling_change_no_result(command, data_dir, encoder, tmp_path, script):
+def test_compiling_changes_no_result(command, data_dir, encoder, tmp_path, script):
     flags = ["--data", data_dir, "--init", "enc.pt", "--batch-size", 4, "--dtype", "fp32", "--steps", 4, "--lr", 1e-3]
     flags += ["--unfreeze-at", 0.5]
-    command(train_seq2seq, *flags, "--dropout", 0.1, "--out", "plain.pt")
-    command(train_seq2seq, *flags, "--dropout", 0.1, "--out", "again.pt", "--activation-checkpointing")
-    plain, again = (load_checkpoint(tmp_path / f"{name}.pt")["weights"] for name in ("plain", "again"))
-    assert worst(plain, again) == 0  # dropout included
     command(train_seq2seq, *flags, "--out", "eager.pt")
     done = script("train_seq2seq.py", *flags, "--out", "compiled.pt", "--compile")
     assert done.returncode == 0, done.stderr
