@@ -1,4 +1,4 @@
-"""The paper's two tables, the curve of --unfreeze-at, and figures, from the results that eval.py collects.
+"""The paper's claims and its two tables, the curve of --unfreeze-at, and figures, from the results of eval.py.
 
 python recipes/report.py runs/mini/results.jsonl --out REPORT    # one or more files
 
@@ -16,13 +16,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli import InputError, run_command
 from compute import saved
-from log import read_metrics
 from task_data import lines
 from tasks import GENERATION, METRICS, mean_sd
 
 ROWS = ["roberta-12e", "bart-12e12d", "bart-12e12d-mask", "bart-12e2d", "bart-12e2d-mask", "bart-12e1d-mask"]
 ROWS += [f"{row}+mlm" for row in ROWS[1:]]
 ROWS += ["2stage-bart-12e12d", "2stage-bart-12e12d-attn-f", "2stage-bart-12e12d-unfrz"]
+CLAIMS = [  # what is asked, of which model, compared with which other, their kind
+    ("does pre-training help at all?", "roberta-12e", "random", "encoder"),
+    ("an encoder taken out of a seq2seq model: worse than one of MLM?", "bart-12e12d", "roberta-12e", "encoder"),
+    ("with a short MLM continuation: still worse?", "bart-12e12d+mlm", "roberta-12e", "encoder"),
+    ("frozen throughout, does the second stage fall short?", "2stage-bart-12e12d", "bart-12e12d", "seq2seq"),
+    ("unfrozen part-way, does it match?", "2stage-bart-12e12d-unfrz", "bart-12e12d", "seq2seq"),
+]
 
 
 def read_results(paths: list[Path]) -> list[dict]:
@@ -86,6 +92,50 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     """A table."""
     lines_ = [f"| {' | '.join(row)} |" for row in (head, *rows)]
     return "\n".join([lines_[0], "|---" * len(head) + "|", *lines_[1:]]) + "\n"
+
+
+def by_seed(results: list[dict]) -> list[float]:
+    """The mean of each pre-training seed over languages and fine-tunings."""
+    seeds: dict[int | None, list[dict]] = {}
+    for r in results:
+        seeds.setdefault(r["settings"].get("seed"), []).append(r)
+    return [statistics.mean(by_run(x)) for x in seeds.values()]
+
+
+def claims_table(results: list[dict]) -> str:
+    """A line for each claim and measure: both models, and their difference in standard deviations over the seeds.
+
+    paper: the answers are yes, yes, yes, and that it matches.
+    """
+    rows = []
+    for claim, row, other, kind in CLAIMS:
+        for task in ("loss", *(x for x in METRICS if (x in GENERATION) == (kind == "seq2seq"))):
+            for language in ("all",) if task == "loss" else ("trained", "others"):
+                chosen = [r for r in results if r["task"] == task and (task != "loss" or r["kind"] == kind)]
+                if language != "all":
+                    chosen = [r for r in chosen if (r["language"] == r["train_lang"]) == (language == "trained")]
+                pair = [by_seed([r for r in chosen if r["row"] == name]) for name in (row, other)]
+                if all(pair):
+                    measure = "held-out loss" if task == "loss" else f"{task}, {language}"
+                    digits = 3 if task == "loss" else 1
+                    cells = [mean_sd(x, digits) for x in pair]
+                    said = any(claim == line[0] for line in rows)
+                    rows.append(["" if said else claim, measure, *cells, *compared(*pair, -1 if task == "loss" else 1)])
+    head = ["question", "measure", "model", "compared with", "difference in spreads", "it is"]
+    return markdown(head, rows) if rows else ""
+
+
+def compared(values: list[float], others: list[float], sign: int) -> tuple[str, str]:
+    """How far the mean of some seeds is from that of others, in their pooled standard deviation; and in a word.
+
+    Differences of less than 2 are called equal. `sign` is 1 if more is better, else -1.
+    """
+    variances = [statistics.variance(x) for x in (values, others) if len(x) > 1]
+    if not variances:
+        return "-", "one seed"
+    difference = sign * (statistics.mean(values) - statistics.mean(others))
+    spreads = difference / max(1e-9, statistics.mean(variances) ** 0.5)
+    return f"{spreads:+.1f}", "equal" if abs(spreads) < 2 else "better" if spreads > 0 else "worse"
 
 
 def task_table(results: list[dict], kind: str, tasks: list[str]) -> str:
@@ -158,7 +208,8 @@ def sweep_table(results: list[dict], points: dict[float, dict[str, list[dict]]])
 
 def tables(results: list[dict]) -> str:
     """Markdown of what is there: the paper's two tables, held-out losses by language, the sweep of --unfreeze-at."""
-    text = ""
+    table = claims_table(results)
+    text = f"# Claims\n\n{table}\n" if table else ""
     for kind, names in (("encoder", [task for task in METRICS if task not in GENERATION]), ("seq2seq", [*GENERATION])):
         if any(r["task"] in names or (r["task"] == "loss" and r["kind"] == kind) for r in results):
             title = "Encoder" if kind == "encoder" else "Generation"
@@ -174,63 +225,33 @@ def tables(results: list[dict]) -> str:
     return text
 
 
-def plot_scores(results: list[dict], out: Path) -> str:
-    """A point for each task and model: score against compute. The name of the figure, "" without scores."""
+def plot_pairs(results: list[dict], out: Path) -> str:
+    """Held-out loss of each seq2seq model against the FLOPs of the pair: two stages, and both models from scratch.
+
+    A pair from scratch is a model without a first stage, and an encoder of as many updates as it has itself, at the
+    price of roberta-12e. The name of the figure, "" where there is nothing to compare.
+    """
     from matplotlib.figure import Figure  # pyplot would keep every figure it makes in memory
 
-    figure = Figure(layout="constrained")
-    axes = figure.subplots()
-    for task in dict.fromkeys(r["task"] for r in results if r["task"] != "loss"):
-        points: dict[str, list[dict]] = {}
-        for r in results:
-            if r["task"] == task:
-                points.setdefault(r["row"], []).append(r)
-        axes.scatter(
-            [x[0]["flops"] for x in points.values()],
-            [statistics.mean(by_run(x)) for x in points.values()],
-            label=f"{task}, {METRICS[task][0]}",
-        )
-    axes.set(xlabel="FLOPs of the whole history", ylabel="mean over languages and seeds, %")
-    if not axes.collections:
-        return ""
-    axes.legend()
-    figure.savefig(out / "score-against-compute.png", dpi=120)
-    return "score-against-compute.png"
-
-
-def curves(results: list[dict]) -> dict[str, dict[str, list[dict]]]:
-    """Kind of model -> run -> its held-out losses, of every run whose log is beside its results.
-
-    Runs outside the folder of the first results are named with their folder.
-    """
-    found: dict[str, dict[str, list[dict]]] = {}
-    first = results[0]["path"].parent
+    encoders = [r["history"][-1] for r in results if r["row"] == "roberta-12e" and r["history"]]
+    runs: dict[str, dict[float, list[dict]]] = {}  # model -> FLOPs -> results
     for r in results:
-        run = os.path.relpath(r["path"].parent / Path(r["checkpoint"]).with_suffix(""), first)
-        log = first / f"{run}.run" / "metrics.jsonl"
-        if log.exists() and (held_out := [row for row in read_metrics(log) if "mean" in row]):
-            found.setdefault(r["kind"], {})[run.removeprefix("../")] = held_out
-    return found
-
-
-def plot_losses(results: list[dict], out: Path) -> str:
-    """Curves in a panel for each kind of model, since their losses have other objectives; the figure's name, or ""."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    by_kind = curves(results)
-    if not by_kind:
+        if r["task"] == "loss" and r["kind"] == "seq2seq" and r["history"] and encoders:
+            alone = all(stage["stage"] == "seq2seq" for stage in r["history"])
+            encoder = encoders[0]["flops"] / encoders[0]["steps"] * r["history"][-1]["steps"] if alone else 0.0
+            name = "both from scratch" if alone else r["row"]
+            runs.setdefault(name, {}).setdefault(r["flops"] + encoder, []).append(r)
+    if len(runs) < 2:
         return ""
-    figure = Figure(figsize=(7 * len(by_kind), 4), layout="constrained")
-    panels = figure.subplots(1, len(by_kind), squeeze=False)
-    for axes, (kind, runs) in zip(panels[0], sorted(by_kind.items())):
-        axes.set_prop_cycle(color=colormaps["tab20"].colors)
-        for name, held_out in runs.items():
-            axes.plot([x["step"] for x in held_out], [x["mean"] for x in held_out], ".-", label=name)
-        axes.set(xlabel="updates", ylabel="held-out loss, nats", title=kind)
-        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(out / "loss-curves.png", dpi=120)
-    return "loss-curves.png"
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for name, points in sorted(runs.items()):
+        means = [statistics.mean(by_run(points[flops])) for flops in sorted(points)]
+        axes.plot(sorted(points), means, "o--" if name == "both from scratch" else "s", label=name)
+    axes.set(xlabel="FLOPs of the encoder and the seq2seq model", ylabel="held-out loss of the seq2seq model, nats")
+    axes.legend(fontsize="small")
+    figure.savefig(out / "pairs.png", dpi=120)
+    return "pairs.png"
 
 
 def plot_sweep(results: list[dict], out: Path) -> str:
@@ -271,7 +292,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "tables.md").write_text(tables(results), "utf-8")
     try:
-        figures = [plot(results, args.out) for plot in (plot_scores, plot_losses, plot_sweep)]
+        figures = [plot(results, args.out) for plot in (plot_pairs, plot_sweep)]
         print(f"{args.out}: {', '.join(['tables.md', *filter(None, figures)])}")
     except ImportError:
         print(f"{args.out / 'tables.md'} written; for figures: pip install matplotlib")

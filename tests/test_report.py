@@ -29,7 +29,8 @@ def test_report(command, checkpoints, folder, capsys):
         command(evaluation, f"{name}.pt", "--task", "loss", "--out", "losses.jsonl")
     command(report, "r.jsonl", "losses.jsonl", "--out", "OUT")
     text = (checkpoints / "OUT" / "tables.md").read_text()
-    of_tasks = re.sub(r"Held-out losses:\n\n(\|.*\n)+", "", text)
+    assert text.index("# Claims") < text.index("# Encoder tasks")
+    of_tasks = re.sub(r"Held-out losses:\n\n(\|.*\n)+", "", text[text.index("# Encoder tasks") :])
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in of_tasks.splitlines() if line.startswith("|")]
     assert [line[0] for line in table] == ["model", "---", "roberta-12e", "bart-12e12d", "model", "---", "bart-12e12d"]
     assert table[0][:4] == ["model", "FLOPs", "pair saved", "held-out loss, nats"]
@@ -44,8 +45,7 @@ def test_report(command, checkpoints, folder, capsys):
     of_bart = [r["loss"] for r in losses if r["kind"] == "seq2seq"]
     assert table[3][3] == "-" and table[6][3] == f"{sum(of_bart) / 3:.3f}"  # an encoder's loss is of another objective
     assert float(table[2][1]) < float(table[3][1])  # the second stage adds to the first
-    assert (checkpoints / "OUT" / "loss-curves.png").stat().st_size > 5000
-    assert (checkpoints / "OUT" / "score-against-compute.png").stat().st_size > 5000
+    assert not (checkpoints / "OUT" / "pairs.png").exists()  # one pair only
     (checkpoints / "bad.jsonl").write_text("{}\n[1]\n")
     with pytest.raises(InputError, match=r"bad\.jsonl:1: not a result"):
         command(report, "bad.jsonl", "--out", "OUT")
@@ -53,8 +53,6 @@ def test_report(command, checkpoints, folder, capsys):
     (checkpoints / "bad.jsonl").write_text(json.dumps(poor) + "\n")
     with pytest.raises(InputError, match=r"bad\.jsonl:1: not a result"):
         command(report, "bad.jsonl", "--out", "OUT")
-    with open(checkpoints / "roberta-12e.run" / "metrics.jsonl", "a") as log:
-        log.write('{"step": 2, "held_out": {"en": 1.5}')  # as a run that is killed leaves it
     (checkpoints / "strange.jsonl").write_text(
         json.dumps(losses[0] | {"checkpoint": "unfreeze-at-x.pt", "history": []})
     )
@@ -65,29 +63,11 @@ def test_report(command, checkpoints, folder, capsys):
             command(report, "losses.jsonl", "--out", blocked)
 
 
-def test_a_curve_for_every_run_of_one_name(command, tmp_path):
-    result = {"checkpoint": "a.pt", "kind": "encoder", "history": [], "task": "loss", "language": "en", "loss": 1.0}
-    paths = []
-    for seed, folder in enumerate(("one", "two")):
-        (tmp_path / folder / "a.run").mkdir(parents=True)
-        lines = [{"step": step, "held_out": {"en": step + seed}, "mean": step + seed} for step in (1, 2)]
-        (tmp_path / folder / "a.run" / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-        (tmp_path / folder / "r.jsonl").write_text(json.dumps(result) + "\n")
-        paths.append(tmp_path / folder / "r.jsonl")
-    again = result | {"checkpoint": "../two/a.pt"}  # the second run by another name: no third curve
-    paths[0].write_text(paths[0].read_text() + json.dumps(again) + "\n")
-    curves = report.curves(report.read_results(paths))
-    assert {name: [x["mean"] for x in rows] for name, rows in curves["encoder"].items()} == {
-        "a": [1, 2],
-        "two/a": [2, 3],
-    }
-
-
 def result(row, unfreeze_at=0.0, pretrained=0, **more):
     """A line of results.jsonl of a second stage, or of bart-12e12d."""
     flops, settings = 1e9 * (2 - unfreeze_at), {"unfreeze_at": unfreeze_at, "seed": pretrained}
-    history = [{"stage": "seq2seq", "flops": flops, "settings": settings}]
-    history = [{"stage": "encoder", "flops": 1e9}] * (row != "bart-12e12d") + history
+    history = [{"stage": "seq2seq", "flops": flops, "steps": 2, "settings": settings}]
+    history = [{"stage": "encoder", "flops": 1e9, "steps": 2}] * (row != "bart-12e12d") + history
     return {"checkpoint": f"{row}.pt", "kind": "seq2seq", "history": history, "task": "loss", "language": "en"} | more
 
 
@@ -125,7 +105,7 @@ def test_a_checkpoint_is_one_whatever_the_way_to_it(command, checkpoints, losses
 
 
 def test_report_of_runs_from_other_seeds_and_the_sweep(command, checkpoints, losses):
-    encoder = result("roberta-12e", loss=1.0, kind="encoder", history=[{"stage": "encoder", "flops": 1e9}])
+    encoder = result("roberta-12e", loss=1.0, kind="encoder", history=[{"stage": "encoder", "flops": 1e9, "steps": 2}])
     again = [result("bart-12e12d", language=x, loss=y) for x, y in (("en", 1.2), ("de", 3.2))]
     command(report, write("a.jsonl", losses), write("b.jsonl", [encoder, *again]), "--out", "OUT")
     text = Path("OUT/tables.md").read_text()
@@ -139,6 +119,32 @@ def test_report_of_runs_from_other_seeds_and_the_sweep(command, checkpoints, los
     ]  # seed 1 has one point of them: no part of the curve
     assert "| 2stage-bart-12e12d-unfrz | 2.50e+09 | 16.7% | 4.500 ± 3.536 |" in text
     assert Path("OUT/unfreeze-at.png").stat().st_size > 5000
+
+
+def test_claims_are_compared_over_the_seeds_of_pre_training(losses):
+    losses = [row for row in losses if row["checkpoint"] != "2stage-bart-12e12d.pt"]
+    again = [result("bart-12e12d", 0.0, 1, language=x, loss=y) for x, y in (("en", 1.2), ("de", 3.2))]
+    parse = dict(task="parse", train_lang="en")
+    rows = [("2stage-bart-12e12d-unfrz", 0, 50.0), ("2stage-bart-12e12d-unfrz", 1, 52.0)]
+    rows += [("bart-12e12d", 0, 40.0), ("bart-12e12d", 0, 42.0)]  # two fine-tunings of one
+    scores = [result(x, 0.5, seed, **parse, seed=i, scores={"exact match": y}) for i, (x, seed, y) in enumerate(rows)]
+    text = report.claims_table(report.read_results([write("a.jsonl", losses + again), write("b.jsonl", scores)]))
+    assert text.splitlines()[2:] == [
+        "| unfrozen part-way, does it match? | held-out loss | 4.500 ± 3.536 | 2.100 ± 0.141 | -1.0 | equal |",
+        "|  | parse, trained | 51.0 ± 1.4 | 41.0 | +7.1 | better |",
+    ]
+    assert report.compared([1.0], [2.0], 1) == ("-", "one seed")
+
+
+def test_pairs_are_compared_at_what_both_models_cost(losses, monkeypatch):
+    stage = {"stage": "encoder", "flops": 8e9, "steps": 4}
+    encoder = result("roberta-12e", loss=1.0, kind="encoder", history=[stage])
+    drawn, draw = {}, Axes.plot
+    keep = lambda self, x, y, style, label: drawn.update({label: (x, y)}) or draw(self, x, y, style, label=label)
+    monkeypatch.setattr(Axes, "plot", keep)
+    assert report.plot_pairs(report.read_results([write("a.jsonl", [*losses, encoder])]), Path(".")) == "pairs.png"
+    assert drawn["both from scratch"] == ([2e9 + 4e9], [2.0])  # 2 of the 4 updates of roberta-12e
+    assert drawn["2stage-bart-12e12d"] == ([2e9], [4.0])
 
 
 def test_generation_scores_of_the_sweep(command, checkpoints, losses):
@@ -165,7 +171,8 @@ def test_the_figure_of_the_sweep_has_the_numbers_of_the_table(command, monkeypat
 
 def test_what_a_sweep_is_compared_with(command, checkpoints, losses, monkeypatch):
     strange = [result("bart-12e12d", loss=9.0, kind="encoder"), result("bart-12e12d", pretrained=1, loss=9.0)]
-    strange += [result("bart-12e12d", loss=9.0, history=[{"stage": "seq2seq", "flops": 1e9}])]  # without settings
+    without_settings = [{"stage": "seq2seq", "flops": 1e9, "steps": 2}]
+    strange += [result("bart-12e12d", loss=9.0, history=without_settings)]
     drawn, draw = [], Axes.axhline
     monkeypatch.setattr(Axes, "axhline", lambda self, y, **how: drawn.append(y) or draw(self, y, **how))
     report.plot_sweep(report.read_results([write("a.jsonl", [*losses, *strange])]), Path("."))
@@ -176,14 +183,14 @@ def test_report_of_models_that_cost_nothing(command, checkpoints, losses):
     for row in losses:
         for stage in row["history"]:
             stage["flops"] = 0.0
-    encoder = result("roberta-12e", loss=1.0, kind="encoder", history=[{"stage": "encoder", "flops": 0.0}])
+    encoder = result("roberta-12e", loss=1.0, kind="encoder", history=[{"stage": "encoder", "flops": 0.0, "steps": 2}])
     command(report, write("a.jsonl", [*losses, encoder]), "--out", "OUT")
     assert "| 2stage-bart-12e12d | 0.00e+00 | - | 4.000 |" in Path("OUT/tables.md").read_text()
 
 
 def test_report_without_matplotlib(command, checkpoints, folder, capsys, monkeypatch):
     command(evaluation, "enc.pt", "--task", "nli", "--data", folder / "nli", "--epochs", 1, "--out", "r.jsonl")
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     command(report, "r.jsonl", "--out", "OUT")
     assert "for figures: pip install matplotlib" in capsys.readouterr().out
     assert [path.name for path in Path("OUT").iterdir()] == ["tables.md"]
