@@ -467,19 +467,6 @@ def lengths(rounds: int) -> None:
             f"by formula {flops / costs[0][2]:.2f}",
             flush=True,
         )
-    try:
-        from matplotlib import pyplot as plt
-    except ImportError:
-        print("for the figure: pip install matplotlib")
-        return
-    figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
-    for k, style, label in ((1, "o-", "measured"), (2, "s--", "the ledger's formula")):
-        axes.plot([c[0] for c in costs], [c[k] / costs[0][k] for c in costs], style, label=label)
-    axes.set(xlabel="tokens a row", ylabel="cost of a token, 128 is 1", xscale="log", xticks=[c[0] for c in costs])
-    axes.set_xticklabels([str(c[0]) for c in costs])
-    axes.minorticks_off()
-    axes.legend()
-    figure.savefig(ROOT / "benchmarks" / "row-length.png", dpi=120)
 
 
 def vocabulary(rounds: int) -> None:
