@@ -24,7 +24,7 @@ mkdir -p done
 case $SCALE in # how tasks are fine-tuned
 demo) HOW="--seeds 2" ;;
 mini) HOW="--seeds 3 --lr 1e-3 --n-train 2000" ;;
-paper) HOW="--seeds 3 --lr 1e-5 3e-5 1e-4" ;;
+gpu | paper) HOW="--seeds 3 --lr 1e-5 3e-5 1e-4" ;;
 esac
 LANGS=$(cd "${DATA:-$CODE/sample/text}" && ls | sed -nE 's/^([^.]+)\.(train.*bin|txt)$/\1/p' | sort -u)
 
