@@ -1,9 +1,9 @@
-"""Checkpoints: written whole or not at all, read without running code, and models started from them.
+"""Checkpoints: written whole or not at all, read without running code, and used to start new models.
 
     enc.pt   kind, config, weights (bare names), tokenizer, and the history of its stages: steps, tokens, FLOPs, seconds
 
-A checkpoint to resume from also has the optimizer state (trainer.py). Tensors are whole, however they were sharded, so
-that any number of processes may continue.
+A checkpoint to resume from also has the optimizer state (trainer.py). Tensors are stored whole, even if they were
+sharded, so any number of processes can continue the run.
 """
 
 import contextlib
@@ -23,12 +23,12 @@ MODELS = {"encoder": MaskedLM, "seq2seq": Seq2Seq}
 def as_checkpoint(
     kind: str, cfg: ModelConfig, weights: dict[str, Tensor], tokenizer: bytes, history: list[dict]
 ) -> dict:
-    """What a checkpoint to hand on holds."""
+    """The content of a finished checkpoint, without optimizer state."""
     return dict(kind=kind, config=asdict(cfg), weights=weights, tokenizer=tokenizer, history=history)
 
 
 def _gathered(content: object) -> object:
-    """The content with each tensor whole and on the CPU; ranks above 0 get none. Every process must call this."""
+    """Gathers every tensor of the content on the CPU of rank 0; other ranks get None. Every process must call this."""
     if isinstance(content, Tensor):
         whole = content.full_tensor() if hasattr(content, "full_tensor") else content
         return whole.detach().cpu() if rank() == 0 else None
@@ -40,8 +40,8 @@ def _gathered(content: object) -> object:
 def save_checkpoint(path: Path, content: dict) -> None:
     """Writes to a temporary name, flushes to disk, renames: at any instant `path` is the old file or the new one.
 
-    Rank 0 writes; with sharded tensors every process must call it. Raises InputError when the file cannot be written;
-    what was there before is untouched.
+    Rank 0 writes, but with sharded tensors every process must call it. If the file cannot be written, raises InputError
+    and leaves the old file untouched.
     """
     content = _gathered(content)
     if rank() != 0:
@@ -59,14 +59,14 @@ def save_checkpoint(path: Path, content: dict) -> None:
         raise InputError(
             f"{path}: cannot be written ({reason}); make room or give another --out; --resume continues a run"
         ) from None
-    folder = os.open(path.parent, os.O_RDONLY)  # the rename is a change of the folder
+    folder = os.open(path.parent, os.O_RDONLY)  # the rename changed the folder: flush it too
     with contextlib.suppress(OSError):  # some network file systems cannot flush a folder
         os.fsync(folder)
     os.close(folder)
 
 
 def load_checkpoint(path: Path, *kinds: str) -> dict:
-    """A checkpoint of one of the kinds ("encoder", "seq2seq"), on the CPU.
+    """Reads a checkpoint of one of the kinds ("encoder", "seq2seq") onto the CPU.
 
     Raises InputError for a file that is missing, damaged or of another kind, and for one that holds anything but
     tensors and plain values: such a file could run code when loaded.
@@ -86,14 +86,14 @@ def load_checkpoint(path: Path, *kinds: str) -> dict:
     if kinds and checkpoint["kind"] not in kinds:
         remedy = "take its encoder out with extract.py" if "encoder" in kinds else "train one with train_seq2seq.py"
         raise InputError(f"{path}: a checkpoint of kind {checkpoint['kind']!r}, not {' or '.join(kinds)}; {remedy}")
-    checkpoint["config"] = {"positions": "learned"} | checkpoint["config"]  # the only ones before there was a choice
+    checkpoint["config"] = {"positions": "learned"} | checkpoint["config"]  # all that older versions had
     return checkpoint
 
 
 def load_model(path: Path, *kinds: str) -> tuple[nn.Module, dict]:
     """The model of a checkpoint, in eval mode, and the checkpoint.
 
-    Raises InputError as load_checkpoint does, and where the weights are not of the shape that the config says.
+    Raises InputError as load_checkpoint does, and if the weights do not have the shapes that the config asks for.
     """
     checkpoint = load_checkpoint(path, *kinds)
     with torch.device("meta"):
@@ -109,8 +109,8 @@ def load_model(path: Path, *kinds: str) -> tuple[nn.Module, dict]:
 def warm_start(model: nn.Module, path: object, weights: dict[str, Tensor]) -> None:
     """Copies a checkpoint's weights into the model and prints what was loaded, what is new and what was unused.
 
-    A part (embed, encoder, decoder, head ...) is taken whole or not at all, and embed and encoder must be taken; else
-    InputError. A model that silently lacks half of its start looks much like one that trains badly.
+    Raises InputError unless each part (embed, encoder, decoder, head ...) loads whole or not at all, and embed and
+    encoder do load. A model that silently lacks half of its weights looks much like one that trains badly.
     """
     random = model.state_dict()
     loaded = [name for name in random if name in weights and random[name].shape == weights[name].shape]

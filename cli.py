@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 
 class InputError(ValueError):
-    """A mistake of the user's: one line that names what is wrong and the remedy. Commands exit with status 2."""
+    """A user's mistake: one line that says what is wrong and how to fix it. Commands exit with status 2."""
 
 
 class OneProcessError(InputError):
@@ -60,8 +60,8 @@ def _one_line(error: Exception) -> str | None:
 def run_command(main: Callable[[], None]) -> None:
     """Runs a command's main function and exits: 0, or 2 with one line on stderr, or 130 after Ctrl-C.
 
-    With several processes each ends at once, without the interpreter's tear-down: a thread of the process group that
-    frees a tensor at that moment would abort it (github.com/pytorch/pytorch/issues/190489).
+    With several processes, each exits at once and skips the interpreter's tear-down: a thread of the process group that
+    frees a tensor during it would abort the process (github.com/pytorch/pytorch/issues/190489).
     """
     status = 0
     for stream in (sys.stdout, sys.stderr):  # an ASCII terminal or log gets \u escapes instead of a traceback
@@ -75,10 +75,10 @@ def run_command(main: Callable[[], None]) -> None:
     except Exception as error:
         if (line := _one_line(error)) is None:
             raise
-        if isinstance(error, OSError) and error.filename is None:  # stdout is gone: so is the rest of what it got
+        if isinstance(error, OSError) and error.filename is None:  # stdout is gone: drop what is still buffered
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         status = 2
-        if isinstance(error, BrokenPipeError):  # whoever read the output, `head` for one, has left
+        if isinstance(error, BrokenPipeError):  # the reader of the output, such as `head`, has quit
             status = 128 + signal.SIGPIPE
         elif rank() == 0 or isinstance(error, OneProcessError):  # under torchrun every process finds the same mistake
             print(line, file=sys.stderr)
@@ -90,7 +90,7 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def append_json(path: Path, *rows: dict) -> None:
-    """Adds JSON lines to a file. Raises InputError, which names it, as the error of a full disk does not."""
+    """Appends JSON lines to a file. Raises InputError with the file's name, which the error of a full disk lacks."""
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -109,7 +109,7 @@ def flag(default: object, text: str, **more: object) -> object:
 
 
 def check_bounds(config: object) -> None:
-    """Raises ValueError for the first field of a config that is not within what its flag allows."""
+    """Raises ValueError for the first field of a config whose value its flag does not allow."""
     bounds = {
         "least": (lambda x, bound: x >= bound, "at least"),
         "most": (lambda x, bound: x <= bound, "at most"),
@@ -126,7 +126,7 @@ def check_bounds(config: object) -> None:
 
 
 def build(config: type, settings: dict) -> object:
-    """A config dataclass from the settings that it has fields for. Raises InputError naming the flag that is wrong."""
+    """Builds a config dataclass from the settings it has fields for. Raises InputError, naming the wrong flag."""
     given = {f.name: settings[f.name] for f in fields(config) if f.name in settings}
     try:
         return config(**given)

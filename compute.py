@@ -1,6 +1,6 @@
 """What training costs, and the paper's 27 %: the FLOPs of an update, the ledger of a history, what a pair saved.
 
-FLOPs are those of matrix products. Soltan et al. 2023 count a stack's forward pass as 1 and its backward pass as 2.
+FLOPs count matrix products only. Soltan et al. 2023 count a stack's forward pass as 1 and its backward pass as 2.
 """
 
 from itertools import takewhile
@@ -13,10 +13,10 @@ from model import PRESETS, ModelConfig
 def train_flops(cfg: ModelConfig, rows: int, source: int, target: int, projected: int, frozen: bool = False) -> float:
     """FLOPs of one update, forward and backward, on rows of `source` and `target` tokens each.
 
-    `projected` positions of the whole batch meet the output projection. A backward pass costs twice its forward pass:
-    one product for the gradient of the inputs, one for that of the weights. A frozen encoder has no backward pass; the
-    gradients of its output (unless layers are fused) and of the frozen embedding are not computed either. Attention
-    fusion itself, less than a thousandth of the encoder, is left out.
+    `projected` positions of the whole batch go through the output projection. A backward pass costs twice its forward
+    pass: one product for the gradient of the inputs, one for that of the weights. A frozen encoder has no backward
+    pass; the gradients of its output (unless layers are fused) and of the frozen embedding are not computed either.
+    Attention fusion itself costs less than a thousandth of the encoder and is left out.
     """
     d, layer = cfg.d_model, 2 * (4 * cfg.d_model**2 + 2 * cfg.d_model * cfg.d_ff)  # of a block, per token
     encoder = rows * cfg.n_encoder_layers * (source * layer + 4 * source**2 * d)
@@ -35,8 +35,8 @@ def train_flops(cfg: ModelConfig, rows: int, source: int, target: int, projected
 def batch_flops(cfg: ModelConfig, batch: dict[str, Tensor], n_targets: int, frozen: bool = False) -> float:
     """train_flops of a collated batch, padding included.
 
-    A decoder projects every position, an MLM encoder only its n_targets labelled ones. (They are not counted here: on
-    a GPU that would wait for the batch.)
+    A decoder projects every position, an MLM encoder only its n_targets labelled ones. (The caller counts them: to
+    count them here on a GPU, we would have to wait for the batch.)
     """
     rows, source = batch["src"].shape
     if "labels" in batch:
@@ -46,10 +46,10 @@ def batch_flops(cfg: ModelConfig, batch: dict[str, Tensor], n_targets: int, froz
 
 
 def scratch_flops(history: list[dict]) -> tuple[int, float]:
-    """Updates of the first model in a history, and the FLOPs of training both models from scratch for as many each.
+    """Updates of the first model in a history, and the FLOPs of training both models from scratch for that many each.
 
-    0 FLOPs if only one kind of model is there. An update is priced as it was measured, without freezing. Raises
-    KeyError for a history that lacks a figure.
+    The FLOPs are 0 if the history has only one kind of model. Each update costs what the history recorded for an
+    unfrozen one. Raises KeyError for a history that lacks a figure.
     """
     trained = [stage for stage in history if stage["steps"]]
     steps = sum(x["steps"] for x in takewhile(lambda x: x["stage"] == trained[0]["stage"], trained))
@@ -62,7 +62,7 @@ def scratch_flops(history: list[dict]) -> tuple[int, float]:
 def saved(history: list[dict], from_scratch: float) -> float | None:
     """The share of FLOPs that a history with both models in it saves against training both from scratch.
 
-    None where there is nothing to compare: one model only, or no model from scratch.
+    None if there is nothing to compare: one model only, or no model from scratch.
     """
     if not from_scratch or not {"encoder", "seq2seq"} <= {stage.get("stage") for stage in history}:
         return None
@@ -72,8 +72,8 @@ def saved(history: list[dict], from_scratch: float) -> float | None:
 def paper_saving(unfreeze_at: float) -> tuple[float, float]:
     """What the pair saves at the paper's shape if the encoder thaws after this share of the second stage.
 
-    By our count, and by the simple one in which encoder and decoder cost alike and nothing else counts. 500k updates
-    of each model from scratch, against 500k of the encoder and 350k of the second stage, in rows of 512.
+    First by our count, then by a simple one in which encoder and decoder cost the same and nothing else counts. 500k
+    updates of each model from scratch are compared with 500k of the encoder and 350k of the second stage, rows of 512.
     """
     shape = {name: value for name, value in PRESETS["paper"].items() if name != "n_decoder_layers"}
     cfg, enc = (ModelConfig(150_000, max_len=512, n_decoder_layers=n, **shape) for n in (12, 0))

@@ -1,4 +1,4 @@
-"""The settings of a run: the flags of training, and how they, a preset and a checkpoint become one Run."""
+"""The settings of a run: the training flags, and how flags, a preset and a checkpoint become one Run."""
 
 import argparse
 import math
@@ -13,34 +13,34 @@ from cli import InputError, build, check_bounds, flag, flag_name, rank, say
 from data import SAMPLE_DATA, SAMPLE_OPTIONS, SAMPLE_TEXT, TokenData, prepare
 from model import PRESETS, ModelConfig
 
-SAMPLE = "sample/data"  # the embedded corpus in a checkpoint's settings, wherever the code lies
+SAMPLE = "sample/data"  # how a checkpoint's settings name the embedded corpus, wherever the code lies
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. The defaults suit the embedded corpus. The paper's, recalled: 1M tokens a batch, 500k updates."""
+    """How to train. The defaults suit the embedded corpus. The paper's (recalled): 1M tokens a batch, 500k updates."""
 
     data: str = flag(SAMPLE, "data folder written by data.py, or sample/data: the embedded corpus")
     steps: int = flag(400, "updates; 0 writes an initialised checkpoint", least=0)
     batch_size: int = flag(32, "rows per update, over all processes", least=1)
-    micro_batch_size: int = flag(0, "rows at a time in one process, 0 for its whole share", least=0)
-    seq_len: int = flag(64, "tokens per row, special ones included; with --init that checkpoint's max_len", least=1)
+    micro_batch_size: int = flag(0, "rows that a process takes at a time; 0: its whole share", least=0)
+    seq_len: int = flag(64, "tokens per row, special ones included; default with --init: its max_len", least=1)
     lr: float = flag(0.0, "peak learning rate of AdamW, 0 for 0.016 / sqrt(d_model)", least=0)
     embed_lr: float = flag(0.0, "peak learning rate of the embedding, 0 for 3 times --lr", least=0)
     muon_lr: float = flag(0.02, "peak learning rate of Muon", least=0)
     optimizer: str = flag(
-        "muon", "muon for the matrices of the blocks and adamw for the rest, or adamw", choices=("muon", "adamw")
+        "muon", "muon: Muon for the blocks' matrices, AdamW for the rest; adamw: only AdamW", choices=("muon", "adamw")
     )
-    warmup: float = flag(0.02, "share of the steps in which the learning rate rises from 0", least=0, most=1)
+    warmup: float = flag(0.02, "share of the steps over which the learning rate rises from 0", least=0, most=1)
     schedule: str = flag(
         "linear",
-        "the rate then falls to 5 % of its peak: at once, or (wsd) in the last fifth of the steps only, for a run that "
-        "may be extended",
+        "linear: the rate then falls steadily to 5 % of its peak; wsd: only in the last fifth of the steps, for a run "
+        "that may be extended",
         choices=("linear", "wsd"),
     )
-    weight_decay: float = flag(0.1, "decoupled weight decay, of matrices only", least=0)
+    weight_decay: float = flag(0.1, "decoupled weight decay, for matrices only", least=0)
     alpha: float = flag(0.5, "languages are sampled in proportion to tokens ** alpha", least=0, most=1)
-    seed: int = flag(0, "of rows, noise, initial weights and dropout", least=0, below=1 << 64)
+    seed: int = flag(0, "seed for rows, noise, initial weights and dropout", least=0, below=1 << 64)
     dtype: str = flag(
         "bf16",
         "matrix products in bf16 where the processor has it, or fp32; weights are fp32",
@@ -50,11 +50,11 @@ class TrainConfig:
     eval_every: int = flag(500, "steps between held-out losses; they are always computed at the end", least=1)
     log_every: int = flag(10, "steps between lines of metrics.jsonl", least=1)
     keep: int = flag(1, "how many checkpoints to resume from are kept", least=1)
-    parallel: str = flag("ddp", "each process holds the whole model, or a shard of it", choices=("ddp", "fsdp"))
+    parallel: str = flag("ddp", "ddp: each process holds the whole model; fsdp: a shard", choices=("ddp", "fsdp"))
     compile: bool = flag(False, "compile the layers: slower to start, faster after that")
-    workers: int = flag(0, "processes that prepare the rows of each training process, 0: it does so itself", least=0)
-    timeout: int = flag(600, "seconds until a process that does not answer the others ends the run", least=1)
-    first_steps: int = 0  # of an extended run: --steps as it began. Shares of the steps still refer to this number.
+    workers: int = flag(0, "processes that prepare rows for each training process; 0: it does so itself", least=0)
+    timeout: int = flag(600, "seconds to wait for an unresponsive process before the run ends", least=1)
+    first_steps: int = 0  # the original --steps of an extended run, which shares of the steps still refer to
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -65,14 +65,14 @@ class TrainConfig:
         return self.first_steps or self.steps
 
 
-# Settings that may change when a run is resumed. They affect the result by rounding only, and dropout's random numbers.
+# Settings that may change when a run is resumed. They affect only rounding and dropout's random numbers.
 FREE_ON_RESUME = {"data", "micro_batch_size", "save_every", "eval_every", "log_every", "keep", "parallel"}
 FREE_ON_RESUME |= {"compile", "workers", "timeout"}
 
 
 @dataclass
 class Run:
-    """All that a training script needs to know, after flags, checkpoints and defaults are reconciled."""
+    """Everything a training script needs to know, once flags, checkpoints and defaults are reconciled."""
 
     kind: str  # "encoder" or "seq2seq"
     out: Path
@@ -96,7 +96,7 @@ class Run:
 
 
 def default_lr(d_model: int) -> float:
-    """AdamW's peak rate where none is given: 1e-3 at width 256, 5e-4 at 1024."""
+    """AdamW's peak rate if none is given: 1e-3 at width 256, 5e-4 at 1024."""
     return 0.016 / math.sqrt(max(1, d_model))
 
 
@@ -110,7 +110,7 @@ def parse_flags(description: str, kind: str, objective: type) -> dict:
     parser.add_argument("--out", type=Path, default=out, help="checkpoint to write (default %(default)s)")
     parser.add_argument("--init", help="encoder checkpoint to start from; it sets the model's shape")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of --out, if any")
-    parser.add_argument("--preset", choices=PRESETS, help="model size (default micro); flags below change parts of it")
+    parser.add_argument("--preset", choices=PRESETS, help="model size (default micro); flags below override it")
     for config in (TrainConfig, ModelConfig, objective):
         group = parser.add_argument_group(config.__name__)
         for f in fields(config):
@@ -133,7 +133,7 @@ def run_checkpoints(folder: Path) -> list[Path]:
 def make_run(kind: str, flags: dict, objective: type) -> Run:
     """Reconciles the flags with the checkpoint of --init or --resume.
 
-    Raises InputError where two of them contradict each other, naming the first field.
+    Raises InputError if they contradict each other, naming the first such field.
     """
     out, resume, preset = flags.pop("out"), flags.pop("resume", False), PRESETS.get(flags.pop("preset", None), {})
     if out.suffix != ".pt":
@@ -171,7 +171,7 @@ def make_run(kind: str, flags: dict, objective: type) -> Run:
 
 
 def _resumed(kind: str, out: Path, newest: Path, preset: dict, flags: dict) -> tuple[dict, dict]:
-    """The newest checkpoint of a run and its settings, with the flags that may change. Any other flag must agree."""
+    """The newest checkpoint of a run, and its settings updated by the flags that may change. Other flags must agree."""
     state = load_checkpoint(newest, kind)
     stored, more = state["config"] | state["settings"], {}
     if flags.get("steps", 0) > stored["steps"]:
@@ -190,7 +190,7 @@ def _resumed(kind: str, out: Path, newest: Path, preset: dict, flags: dict) -> t
 
 
 def _fresh(kind: str, out: Path, newest: Path | None, preset: dict, flags: dict) -> tuple[dict | None, dict]:
-    """The checkpoint of --init and the settings of a new run, which must not overwrite another one's files."""
+    """The checkpoint of --init and the settings of a new run, which must not overwrite another run's files."""
     for path in (out, newest):
         if path and path.exists():
             raise InputError(f"{path}: exists; continue it with --resume, or give another --out")
@@ -202,7 +202,7 @@ def _fresh(kind: str, out: Path, newest: Path | None, preset: dict, flags: dict)
 
 
 def _shape_of_init(preset: dict, init: dict, flags: dict) -> dict:
-    """The shape of --init's encoder, with a decoder as deep; --seq-len is the encoder's max_len by default."""
+    """The shape of --init's encoder. By default the decoder is as deep, and --seq-len is the encoder's max_len."""
     shape = {name: value for name, value in init["config"].items() if name not in ("n_decoder_layers", "fusion")}
     for name, value in (preset | flags).items():
         if name != "dropout" and shape.get(name, value) != value:
@@ -212,11 +212,11 @@ def _shape_of_init(preset: dict, init: dict, flags: dict) -> dict:
 
 
 def open_data(name: str, seq_len: int, seed: int = 0, alpha: float = 0.5) -> TokenData:
-    """The rows of a data folder. The embedded corpus is encoded on first use; InputError where it cannot be."""
+    """Opens a data folder. Encodes the embedded corpus on first use; raises InputError if that fails."""
     folder = SAMPLE_DATA if name == SAMPLE else Path(name)
     if folder == SAMPLE_DATA and rank() == 0 and not folder.exists():
         say("encoding the embedded corpus, once")
-        try:  # elsewhere first, so that the folder is there whole or not at all, whoever else makes it meanwhile
+        try:  # make it elsewhere, then rename: the folder is never half there, even if two processes make it
             with tempfile.TemporaryDirectory(prefix="data.", dir=folder.parent) as new:
                 prepare(SAMPLE_TEXT, Path(new) / "data", **SAMPLE_OPTIONS)
                 (Path(new) / "data").rename(folder)
@@ -224,5 +224,5 @@ def open_data(name: str, seq_len: int, seed: int = 0, alpha: float = 0.5) -> Tok
             if not folder.exists():
                 raise InputError(f"{folder}: cannot be made ({error.strerror}); use --data") from None
     if folder == SAMPLE_DATA and dist.is_initialized():
-        dist.barrier()  # the other processes find the folder made
+        dist.barrier()  # until rank 0 has made the folder
     return TokenData(folder, seq_len, seed, alpha)

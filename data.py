@@ -1,14 +1,14 @@
-"""Text to tokenizer and token shards (a command), and from the shards a deterministic multilingual stream of rows.
+"""Turns text into a tokenizer and token shards (a command), and shards into a deterministic, multilingual row stream.
 
     python data.py TEXT DATA --vocab-size 150000                         a new data folder
-    python data.py TEXT DATA --tokenizer DATA/tokenizer.model            continue a run that was killed; add languages
+    python data.py TEXT DATA --tokenizer DATA/tokenizer.model            continue a killed run; add languages
 
 TEXT holds <lang>.<ext> or <lang>/* in any format that text.py reads. DATA gets tokenizer.model and, for each language,
 shards <lang>.<split>.<number>.bin and their description <lang>.json, which is empty until they are finished.
 Several machines may encode different languages into one folder, with one tokenizer.
 
-The stream: languages are sampled in proportion to tokens ** alpha (Soltan et al. 2022: 0.5), rows are packed full and
-documents closed by </s>. Sample i is a pure function of (seed, i).
+In the stream, languages are sampled in proportion to tokens ** alpha (Soltan et al. 2022: 0.5), rows are packed full,
+and </s> ends each document. Sample i is a pure function of (seed, i).
 """
 
 import argparse
@@ -45,7 +45,7 @@ SAMPLE_OPTIONS = dict(vocab_size=2000, valid_fraction=0.15, seed=0)
 BLOCK_BYTES = 1 << 19  # text handed to a worker at a time
 SHARD_TOKENS = 1 << 28
 MAGIC, HEADER = b"tokens01", 32  # bytes: the magic, 16 of the tokenizer's sha256, the number of tokens
-ORIGIN = ("seed", "valid_fraction", "text_field", "files")  # what <lang>.json says of how it was made
+ORIGIN = ("seed", "valid_fraction", "text_field", "files")  # how <lang>.json says the shards were made
 ENTRY = {"documents", "bytes", "words", "train", "valid", *ORIGIN}
 AGAIN = "run data.py again with --tokenizer {}/tokenizer.model"
 FEW_TOKENS, LONG_ROW = 100_000, 512  # a language with less to train on, or less held out, gets a warning
@@ -85,8 +85,8 @@ def _start_worker(model: bytes, seed: int, valid_fraction: float, text_field: st
 def _encode_block(path: Path, block: list[tuple[int, bytes]]) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Tokens of a block of raw documents by split, and how many documents, bytes and words they have.
 
-    A hash of the document's text decides the split: it does not depend on how the text is spread over files, and a
-    document that occurs twice is never on both sides.
+    A hash of a document's text decides its split. So the split does not depend on how text is spread over files, and a
+    document that occurs twice is never in both.
     """
     tokenizer, tokens, counts = _worker["tokenizer"], {"train": [], "valid": []}, np.zeros(3, np.int64)
     type_ = _token_type(tokenizer.vocab_size())
@@ -117,7 +117,7 @@ def _blocks(
 
 
 def _encode(n_workers: int, start_worker: tuple, blocks: Iterator[tuple]) -> Iterator[tuple]:
-    """_encode_block of each block, in order, by n_workers processes, with a bounded number of blocks waiting."""
+    """Runs _encode_block on each block, in order, in n_workers processes, with a bounded number of blocks waiting."""
     if n_workers == 1:
         _start_worker(*start_worker)
         yield from (_encode_block(*block) for block in blocks)
@@ -135,12 +135,12 @@ def _encode(n_workers: int, start_worker: tuple, blocks: Iterator[tuple]) -> Ite
 
 
 def read_meta(folder: Path, unfinished: bool = False) -> dict[str, dict]:
-    """Language -> its documents, bytes and words (how many), train and valid (shard -> tokens), seed, valid_fraction,
-    and the files it was made from (name -> bytes); with `unfinished` also -> {}, for a language that is not finished.
+    """Language -> its numbers of documents, bytes and words, train and valid (shard -> tokens), seed, valid_fraction,
+    and the files it was made from (name -> bytes). With `unfinished`, an unfinished language is included, as {}.
 
     Raises InputError for a folder that data.py did not make or, without `unfinished`, did not finish.
     """
-    if not folder.is_dir():  # that a checkpoint names counts from the folder it was trained in
+    if not folder.is_dir():  # a checkpoint's relative path starts where it was trained
         raise InputError(f"{folder}: no such folder; name one made by data.py with --data")
     if not (folder / "tokenizer.model").exists():
         raise InputError(f"{folder}: no tokenizer.model in it; `python data.py {folder} DATA` makes shards of its text")
@@ -159,10 +159,10 @@ def read_meta(folder: Path, unfinished: bool = False) -> dict[str, dict]:
 
 
 def _write_language(data_dir: Path, language: str, encoded: Iterator[tuple], model: bytes, origin: dict) -> bool:
-    """Writes a language's shards, then <lang>.json, into which `origin` goes too: its seed, valid_fraction and files.
-    Or neither, and returns False, where no text is left to train on, or none is held out that should be.
+    """Writes a language's shards, then <lang>.json, which also holds `origin`: its seed, valid_fraction and files.
+    Writes neither and returns False if no text is left to train on, or if none is held out though some should be.
     """
-    for leftover in data_dir.glob(f"{language}.*.tmp"):  # of a run that was killed
+    for leftover in data_dir.glob(f"{language}.*.tmp"):  # left by a killed run
         shutil.rmtree(leftover, ignore_errors=True)
     shards, totals, account = {"train": {}, "valid": {}}, np.zeros(3, np.int64), f"{language}.json"
     with tempfile.TemporaryDirectory(prefix=f"{language}.", suffix=".tmp", dir=data_dir) as name:
@@ -184,7 +184,7 @@ def _write_language(data_dir: Path, language: str, encoded: Iterator[tuple], mod
 
 
 def _open_folder(data_dir: Path, given: Path | None, train: Callable[[], bytes]) -> bytes:
-    """The tokenizer of a data folder, given or trained; makes the folder. Raises InputError if it has another."""
+    """Makes a data folder; returns its tokenizer, given or trained. Raises InputError if the folder has another one."""
     there = data_dir / "tokenizer.model"
     data_dir.mkdir(parents=True, exist_ok=True)
     if any(path.suffix != ".tmp" for path in data_dir.iterdir()) and not (given and there.exists()):
@@ -202,7 +202,7 @@ def _open_folder(data_dir: Path, given: Path | None, train: Callable[[], bytes])
 
 
 def _to_encode(data_dir: Path, files: dict[str, dict[str, int]], text_field: str) -> list[str]:
-    """The languages that a data folder does not have; says which it has. InputError where it has one of other text."""
+    """The languages that a data folder lacks; prints those it has. Raises InputError if one comes from other text."""
     meta = read_meta(data_dir, unfinished=True)
     for language, entry in meta.items():
         if entry and language in files:
@@ -226,10 +226,10 @@ def prepare(
     text_field: str = "",
     n_workers: int = 1,
 ) -> dict[str, dict]:
-    """Text to tokenizer and shards; returns what read_meta does, of those languages that are finished.
+    """Turns text into a tokenizer and shards; returns what read_meta does, for the languages that are finished.
 
-    A language that the folder has from the same files is kept. However this ends, each language is there whole, or its
-    <lang>.json is empty and the same call with the folder's tokenizer encodes it.
+    Keeps a language that the folder already has from the same files. However this ends, each language is complete, or
+    its <lang>.json is empty and the same call with the folder's tokenizer encodes it.
     Raises InputError for a mistake in the text or the arguments, and for a full disk.
     """
     text, _ = find_text(text_dir)
@@ -308,10 +308,10 @@ class _Tokens:
         return self.ends[-1]
 
     def read(self, start: int, length: int) -> np.ndarray:  # [length]
-        """Tokens from `start` on. Raises OneProcessError for one that the vocabulary does not have."""
+        """Tokens from `start` on. Raises OneProcessError for one outside the vocabulary."""
         shard = bisect_right(self.ends, start) - 1
         tokens = self.maps[shard][start - self.ends[shard] :][:length].astype(np.int64)
-        if len(tokens) < length:  # the rest is in the shards behind
+        if len(tokens) < length:  # the rest is in the next shards
             tokens = np.concatenate([tokens, self.read(start + len(tokens), length - len(tokens))])
         if tokens.max() >= self.vocab_size:
             raise OneProcessError(f"a shard holds token {tokens.max()}, over the vocabulary; {self.remedy}")
@@ -321,9 +321,9 @@ class _Tokens:
 class TokenData:
     """Rows of seq_len tokens from a data folder: `row(i)` to train on, `valid_row(language, j)` held out.
 
-    Over any number of whole blocks of samples each language gets its share to within one row; within a language every
-    row comes once before any comes twice, in an order that is new each time. Finding a row takes constant time and
-    memory. Raises InputError for a folder that is unfinished, damaged, or too small for a single row.
+    Over any number of whole blocks of samples, each language gets its share to within one row. Within a language, every
+    row comes once before any comes twice, in a new order each time. Finding a row takes constant time and memory.
+    Raises InputError for a folder that is unfinished, damaged, or too small for a single row.
     """
 
     BLOCK = 1024  # samples among which the languages are shuffled
@@ -353,7 +353,7 @@ class TokenData:
     def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """For each sample of a block its language, and how many samples of that language came before it."""
         ends = (np.floor((block + k) * self._block_size * self._below + 0.5).astype(np.int64) for k in (0, 1))
-        before, after = map(np.diff, ends)  # of the first n samples each language has its share, rounded
+        before, after = map(np.diff, ends)  # each language has its share, rounded, of the first n samples
         languages = np.repeat(np.arange(len(before)), after - before)
         order = sample_rng(self.seed, ORDER, block).random(len(languages)).argsort(kind="stable")
         ranks, by_language = np.empty_like(languages), languages[order].argsort(kind="stable")
@@ -374,7 +374,7 @@ class TokenData:
         return self.train[language].read(row * self.seq_len, self.seq_len)
 
     def n_valid_rows(self, language: str) -> int:
-        """Held-out rows of a language. Raises InputError if there is not one."""
+        """Number of held-out rows of a language. Raises InputError if there are none."""
         tokens = self.valid[language]
         if len(tokens) < self.seq_len:
             lack = f"{language!r} has {len(tokens)} tokens held out, a row takes {self.seq_len}"
@@ -393,7 +393,7 @@ class TokenData:
 
 
 def _hash64(x: int) -> int:
-    """A 64-bit integer to another that looks unrelated (the finaliser of splitmix64, Steele et al. 2014)."""
+    """Maps a 64-bit integer to another that looks unrelated (the finaliser of splitmix64, Steele et al. 2014)."""
     x = (x + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
     x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
     x = ((x ^ x >> 27) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
@@ -402,7 +402,7 @@ def _hash64(x: int) -> int:
 
 def permuted(i: int, n: int, key: int) -> int:
     """Element i of the permutation of 0..n-1 that the key selects, without a table: a Feistel network, applied again
-    to results of n and more (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    while the result is n or more (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
     half = max(1, (n - 1).bit_length() + 1 >> 1)  # bits of each half of i
     while True:
@@ -415,15 +415,15 @@ def permuted(i: int, n: int, key: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Text to tokenizer and token shards.")
+    parser = argparse.ArgumentParser(description="Turns text into a tokenizer and token shards.")
     flag = parser.add_argument
     flag("text_dir", type=Path, help=f"folder with {LAYOUT}")
-    flag("data_dir", type=Path, help="folder to write: a new one, or with --tokenizer one to continue or add to")
+    flag("data_dir", type=Path, help="folder to write: a new one or, with --tokenizer, one to continue or add to")
     flag("--vocab-size", type=int, default=150_000, help="pieces, special ones included (default %(default)s)")
     flag("--tokenizer", type=Path, help="use this SentencePiece unigram model instead of training one")
-    flag("--text-field", default="", help="field of JSON lines or parquet with the text (default text, else content)")
+    flag("--text-field", default="", help="field with the text in JSON lines or parquet (default text, else content)")
     flag("--valid-fraction", type=float, default=0.01, help="share of documents held out (default %(default)s)")
-    flag("--seed", type=int, default=0, help="of the tokenizer's sample and of the split (default %(default)s)")
+    flag("--seed", type=int, default=0, help="seed for the tokenizer's sample and the split (default %(default)s)")
     args = parser.parse_args()
     if not 0 <= args.valid_fraction < 1:
         raise InputError(f"--valid-fraction {args.valid_fraction}: it must be in [0, 1)")

@@ -79,7 +79,7 @@ def _check_length(src: Tensor, model: nn.Module) -> None:
 
 @torch.no_grad()
 def fill(model: nn.Module, tokenizer: SentencePieceProcessor, text: str, top: int = 5) -> list[list[tuple[str, float]]]:
-    """For each <mask> of a sentence the likeliest pieces and their probabilities. Raises InputError without one."""
+    """The likeliest pieces for each <mask> of a sentence, with probabilities. Raises InputError if it has none."""
     src = encode_sentence(tokenizer, text).to(trainer.device())
     _check_length(src, model)
     masked = src[0] == SpecialIds.mask  # [S]
@@ -132,7 +132,7 @@ def settings_of(checkpoint: dict) -> dict:
 
 
 def open_subject(args: argparse.Namespace, *kinds: str) -> Subject:
-    """The checkpoint of the command line. Raises InputError where data or languages do not fit it."""
+    """Opens the checkpoint of the command line. Raises InputError if data or languages do not fit it."""
     model, checkpoint, _ = open_model(args.checkpoint, *kinds)
     settings = settings_of(checkpoint)
     folder = str(args.data or settings["data"])
@@ -161,7 +161,7 @@ def print_losses(args: argparse.Namespace) -> Subject:
     entropies = {language: data.unigram_entropy(language) for language in losses}
     print("language   rows   loss  perplexity  unigram entropy")
     for language, loss in losses.items():
-        perplexity = math.exp(loss) if loss < 700 else math.inf  # a diverged model's exceeds any double
+        perplexity = math.exp(loss) if loss < 700 else math.inf  # a diverged model's overflows a double
         print(
             f"{language:8} {data.n_valid_rows(language):6} {loss:6.3f} {perplexity:11.1f} {entropies[language]:16.3f}"
         )
@@ -175,7 +175,7 @@ def print_losses(args: argparse.Namespace) -> Subject:
 
 
 def print_losses_and_samples(args: argparse.Namespace) -> None:
-    """Held-out losses, and the start of one held-out row in each language: damaged, as repaired, and as it was."""
+    """Held-out losses, and the start of one held-out row in each language: damaged, repaired and original."""
     subject = print_losses(args)
     model, data = subject.model, subject.data
     for language in subject.languages:
@@ -299,23 +299,23 @@ def command_of(task: str | None) -> Command:
 
 
 def parse_flags() -> argparse.Namespace:
-    """The command line. Raises InputError for a number out of range and for a flag that would do nothing."""
+    """Parses the command line. Raises InputError for a number out of range and for a flag that would do nothing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("checkpoint", type=Path, help="enc.pt or seq2seq.pt")
     add("more", nargs="*", help="a sentence for fill (with <mask>) or generate; more checkpoints for cost")
     names = [*filter(None, COMMANDS), *tasks.METRICS]
     add("--task", choices=names, help="default: held-out losses, and a sample in each language")
-    add("--data", type=Path, help="data folder (default: what it was trained on); of a task: its files")
+    add("--data", type=Path, help="data folder (default: what it was trained on); for a task, the folder of its files")
     add("--langs", nargs="+", help="languages to evaluate (default: all)")
     add("--beams", type=int, default=1, help="hypotheses kept, 1 is greedy (default %(default)s)")
     add("--out", type=Path, help="JSON lines file to append losses and scores to")
     add = parser.add_argument_group("fine-tuning, for tasks").add_argument
     add("--train-lang", default="en", help="language to train on (default %(default)s)")
-    add("--n-train", type=int, default=0, help="train on so many items, chosen at random; 0: all (default 0)")
+    add("--n-train", type=int, default=0, help="train on this many items, chosen at random; 0: all (default 0)")
     add("--seeds", type=int, default=1, help="how many fine-tunings, with seeds from 0 on (default %(default)s)")
     add("--lr", type=float, nargs="+", help="peak rates to try (default 0.016 / sqrt(d_model))")
-    add("--epochs", type=int, default=0, help="0: 3, or as many as 500 updates take (default 0)")
+    add("--epochs", type=int, default=0, help="0: 3, or more if 500 updates take more (default 0)")
     add("--batch-size", type=int, default=32, help="rows per update (default %(default)s)")
     add("--freeze-encoder", action="store_true", help="train the heads only; they read all layers of the encoder")
     add("--cut", action="store_true", help="cut targets that are longer than the model allows (default: an error)")

@@ -1,4 +1,4 @@
-"""The encoder out of a trained seq2seq model (Soltan et al. 2023, Recipe 1), and models to and from transformers.
+"""Takes the encoder out of a seq2seq model (Soltan et al. 2023, Recipe 1); converts models to and from transformers.
 
     python extract.py seq2seq.pt --out enc-extracted.pt
     torchrun train_encoder.py --init enc-extracted.pt --steps 30 --out enc-mlm.pt    # a short MLM continuation
@@ -9,7 +9,7 @@ The encoder and the embedding are the seq2seq model's own tensors; the MLM head 
     python extract.py seq2seq.pt --to-hf HF-SEQ2SEQ    # loads with trust_remote_code=True: its code is in the folder
     python extract.py --from-hf HF-ENC --out again.pt
 
-The last three need `pip install transformers`; hf.py says which classes of it load which model.
+The last three need `pip install transformers`; hf.py says which of its classes loads which model.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from model import MaskedLM, Seq2Seq
 
 
 def extract(seq2seq: Seq2Seq, source: Path) -> MaskedLM:
-    """An MLM model whose encoder output equals the seq2seq model's bit for bit; source names it in what is printed."""
-    torch.manual_seed(0)  # of the new head
+    """An MLM model whose encoder output equals the seq2seq model's bit for bit; `source` is its printed name."""
+    torch.manual_seed(0)  # for the new head
     encoder = MaskedLM(replace(seq2seq.cfg, n_decoder_layers=0, fusion=False))
     warm_start(encoder, source, seq2seq.state_dict())
     return encoder

@@ -1,4 +1,4 @@
-"""Target tokens out of a seq2seq model: greedy and beam search. Shapes as in model.py."""
+"""Generates target tokens from a seq2seq model: greedy and beam search. Shapes as in model.py."""
 
 from collections.abc import Callable
 
@@ -25,8 +25,8 @@ def generate(
 ) -> Tensor:
     """Target tokens for sources [B, S]: [B, T] with T <= max_new, each row up to its eos and then pad.
 
-    With beams 1 it takes the likeliest token each time; more is beam search, which returns the finished hypothesis with
-    the largest sum of log-probabilities / length ** length_penalty (Wu et al. 2016, equation 14, without constants).
+    One beam takes the likeliest token each time; more are beam search, which returns the finished hypothesis with the
+    largest sum of log-probabilities / length ** length_penalty (Wu et al. 2016, equation 14, without constants).
     The cache avoids computing keys and values again and changes no token. max_new is at most the model's max_len.
     """
     enc_out = model.encode(src, src_mask)  # [B, S, D]
@@ -80,7 +80,7 @@ def _beam_search(
     for length in range(1, max_new + 1):
         log_probs = next_logits(tokens).log_softmax(-1)  # [B * k, V]
         vocab = log_probs.shape[1]
-        # Of 2k candidates at most k end here, so that k unfinished ones remain.
+        # At most k of the 2k candidates end here, so k unfinished ones remain.
         top, index = (score.view(-1, 1) + log_probs).view(n, -1).topk(2 * k)  # [B, 2k]
         beam, token = index // vocab, index % vocab
         before = tokens.view(n, k, -1).gather(1, beam[:, :, None].expand(-1, -1, tokens.shape[1]))

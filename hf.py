@@ -2,7 +2,7 @@
 
 An encoder loads as EsmForMaskedLM, or as XLMRobertaXLForMaskedLM if its positions are learned; a seq2seq model with
 learned positions loads as BlenderbotForConditionalGeneration. All are Pre-LN with no LayerNorm on the embeddings, as
-ours are. transformers has no such seq2seq model with rotary positions: its folder carries its code (hf_seq2seq.py).
+ours are. transformers has no such seq2seq model with rotary positions, so its folder carries its code (hf_seq2seq.py).
 """
 
 import inspect
@@ -34,22 +34,22 @@ transformers.utils.logging.disable_progress_bar()
 
 
 def hf_config(cfg: ModelConfig) -> transformers.PretrainedConfig:
-    """Their configuration of our model."""
+    """The transformers configuration of our model."""
     family = FAMILIES[hf_names.family_of(cfg)]
     settings = {theirs: getattr(cfg, ours) for theirs, ours in family.settings.items()}
     if hf_names.family_of(cfg) == hf_names.XLM:
-        settings["max_position_embeddings"] += 1  # that of padding
+        settings["max_position_embeddings"] += 1  # one more, for padding
     return family.model_class.config_class(**settings, **family.fixed)
 
 
 def hf_model(model: nn.Module) -> transformers.PreTrainedModel:
-    """The same model, of the same tensors, as transformers has it. ESM alone has no dropout on its embeddings."""
+    """Our model as a model of transformers, with the same tensors. Only ESM has no dropout on its embeddings."""
     family, ours = hf_names.family_of(model.cfg), model.state_dict()
     theirs = FAMILIES[family].model_class(hf_config(model.cfg))
     initial = theirs.state_dict()
     weights = {x: torch.zeros_like(initial[x]) for x in hf_names.ZEROS if x in initial}
     weights |= {x: ours["embed.weight"] for x in initial if x.endswith(hf_names.COPIES)}
-    weights |= {x: rates for x, rates in initial.items() if x.endswith(".inv_freq")}  # constants, of ESM's positions
+    weights |= {x: rates for x, rates in initial.items() if x.endswith(".inv_freq")}  # constants of ESM's positions
     for name, tensor in ours.items():
         names = hf_names.tensor_names(family, name)
         weights |= zip(names, tensor.chunk(len(names)))
@@ -64,7 +64,7 @@ def hf_model(model: nn.Module) -> transformers.PreTrainedModel:
 def modelling_file() -> str:
     """The code of a rotary seq2seq model for transformers: model.py and hf_seq2seq.py, as one file.
 
-    What model.py takes from our other files stands in place of the import.
+    What model.py imports from our other files replaces the import.
     """
     code, wrapper = inspect.getsource(model_code), inspect.getsource(hf_seq2seq)
     for line, names in re.findall(r"^(from (?:cli|objectives) import (.+)\n)", code, re.MULTILINE):
@@ -77,7 +77,7 @@ def modelling_file() -> str:
 
 
 def _tensors_to_save(theirs: nn.Module) -> dict[str, Tensor]:
-    """Tensors by names that transformers 4 and 5 read: 4 has the rates of rotary positions in every layer of ESM."""
+    """Tensors under names that transformers 4 and 5 both read: 4 keeps the rotary rates in every layer of ESM."""
     weights = theirs.state_dict()
     if (rates := weights.pop("esm.rotary_embeddings.inv_freq", None)) is not None:
         for i in range(theirs.config.num_hidden_layers):
@@ -88,8 +88,8 @@ def _tensors_to_save(theirs: nn.Module) -> dict[str, Tensor]:
 def to_hf(path: Path, folder: Path) -> None:
     """Writes a checkpoint as a folder that transformers loads: weights, config, fast tokenizer, our tokenizer.model.
 
-    A rotary seq2seq model has its code there, which transformers runs with `trust_remote_code=True`.
-    Raises InputError for a model with fusion and for a folder that exists or cannot be written; leaves nothing behind.
+    For a rotary seq2seq model the folder also has its code, which transformers runs with `trust_remote_code=True`.
+    Raises InputError for a model with fusion and for a folder that exists or cannot be written, and leaves no files.
     """
     part = Path(f"{folder}.part")
     for taken in (folder, part):
@@ -117,9 +117,9 @@ def to_hf(path: Path, folder: Path) -> None:
 
 
 def _read_config(folder: Path) -> tuple[str, ModelConfig, list[dict]]:
-    """The family of a folder, the shape of our model that computes what its model does, and its history, if any.
+    """A folder's family, the shape of our model that computes the same, and the history, if any.
 
-    Raises InputError where there is no such model, naming what differs.
+    Raises InputError if we have no such model, naming what differs.
     """
     path = folder / "config.json"
     try:
@@ -132,7 +132,7 @@ def _read_config(folder: Path) -> tuple[str, ModelConfig, list[dict]]:
         raise InputError(f"{folder}: of family {name}; only {', '.join(FAMILIES)} have our shape")
     try:
         shape = {ours: getattr(config, theirs) for theirs, ours in family.settings.items()}
-        shape["max_len"] -= name == hf_names.XLM  # one position is that of padding
+        shape["max_len"] -= name == hf_names.XLM  # one position is for padding
         cfg = ModelConfig(**shape | dict(positions=family.positions))
     except (AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not a shape that our models have: {error}") from None
@@ -160,7 +160,7 @@ def _read_tensors(folder: Path, family: str) -> dict[str, Tensor]:
 
 
 def from_hf(folder: Path) -> dict:
-    """The checkpoint of a folder of one of the families; code in the folder is not run.
+    """Makes a checkpoint from a folder of one of the families; code in the folder is not run.
 
     Raises InputError for any other folder, naming what differs.
     """

@@ -11,14 +11,14 @@ from objectives import SpecialIds
 
 
 class Family(NamedTuple):
-    """Models of transformers that compute what ours of one kind, with one sort of positions, do."""
+    """The transformers counterpart of our models of one kind with one sort of positions."""
 
     model_class: type
     kind: str  # of our checkpoint
     positions: str  # of our model
     settings: dict[str, str]  # their name of a setting -> ours
     fixed: dict[str, object]  # settings that all our models share
-    tensors: dict[str, str]  # part of our name of a tensor -> theirs, replaced one after the other
+    tensors: dict[str, str]  # part of our tensor name -> theirs, replaced in this order
 
 
 ENCODER_SETTINGS = dict(
@@ -47,7 +47,7 @@ BLENDERBOT_FIXED = SEQ2SEQ_FIXED | dict(
     forced_eos_token_id=None, encoder_no_repeat_ngram_size=0,
 )  # fmt: skip
 
-POSITIONS = "roberta.embeddings.position_embeddings.weight"  # row 0 is that of padding, which ours do not have
+POSITIONS = "roberta.embeddings.position_embeddings.weight"  # row 0 is for padding; ours have no such row
 TYPES = "roberta.embeddings.token_type_embeddings.weight"  # [1, D], added at every position
 BIAS = "final_logits_bias"
 ZEROS = TYPES, BIAS, "esm.contact_head.regression.weight", "esm.contact_head.regression.bias"  # ours have none of them
@@ -85,7 +85,7 @@ FAMILIES = {  # by the `model_type` of a configuration
         hf_seq2seq.Seq2SeqLM, "seq2seq", "rotary", SEQUENTIAL_SETTINGS, SEQUENTIAL_FIXED, SEQUENTIAL_TENSORS
     ),
 }  # fmt: skip
-# Settings that say nothing about what a model computes.
+# Settings that do not affect what a model computes.
 NOT_COMPARED = {"transformers_version", "architectures", "dtype", "use_cache", "initializer_range", "init_std"}
 
 
@@ -96,7 +96,7 @@ def family_of(cfg: ModelConfig) -> str:
 
 
 def tensor_names(family: str, name: str) -> list[str]:
-    """What a family calls our tensor: one name, or two where ours holds keys and values, and theirs does not."""
+    """A family's names for our tensor: one, or two where ours holds keys and values and theirs are separate."""
     split = ".kv." in name and family != SEQUENTIAL
     names = [name.replace(".kv.", f".{part}.") for part in "kv"] if split else [name]
     for ours, theirs in FAMILIES[family].tensors.items():

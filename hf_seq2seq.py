@@ -1,4 +1,4 @@
-"""A `Seq2Seq` as a model of transformers (4.57 and 5): with its `generate`, `Seq2SeqTrainer` and `save_pretrained`.
+"""`Seq2Seq` as a model of transformers (4.57 and 5), for its `generate`, `Seq2SeqTrainer` and `save_pretrained`.
 
 transformers has no encoder-decoder with Pre-LN and rotary positions, so an exported folder carries the code of its
 model: model.py and this file, joined by `modelling_file` in hf.py. Shapes as in model.py.
@@ -46,7 +46,7 @@ class Seq2SeqLM(PreTrainedModel, GenerationMixin):
         self.model.embed = embed
 
     def get_encoder(self, modality: str | None = None) -> "Seq2SeqLM":
-        """The model itself: without a target it is its encoder."""
+        """The model itself: called without a target, it only encodes."""
         return self
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:  # [B, T] -> [B, T]

@@ -1,4 +1,4 @@
-"""A tokenizer of this project as a fast one of transformers, for hf.py."""
+"""Turns a tokenizer of this project into a fast one of transformers, for hf.py."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ GAP = "\ufdd0"  # no text may hold this code point
 
 
 def _rules(model: bytes) -> list[tuple[str, str]]:
-    """The rules of a tokenizer's normalisation: a string and what replaces it. What it does to spaces is no rule."""
+    """A tokenizer's normalisation rules: a string and its replacement. How it treats spaces is not among them."""
     try:
         return spm.SentencePieceNormalizer(model_proto=model).decompile()
     except RuntimeError:  # it has none
@@ -32,7 +32,7 @@ def _rule_steps(model: bytes, rules: list[tuple[str, str]]) -> list[normalizers.
 
     Precompiled does so for single characters only: for a letter with marks it may take a shorter rule and lose marks,
     or find none. So a GAP separates each mark from what is before it, and NFC joins letters and marks afterwards, as
-    the rules for several characters do. Anywhere else the GAP stays until then: NFC joins and sorts more than they do.
+    the rules for several characters do. NFC joins and sorts more than they do, so elsewhere the GAP stays until then.
     """
     charsmap = sentencepiece_messages("tokenizer").ModelProto.FromString(model).normalizer_spec.precompiled_charsmap
     mark = _any_of({char for source, _ in rules for char in source[1:]})
@@ -71,7 +71,7 @@ def _fast(model: bytes, ours: spm.SentencePieceProcessor, rules: list[tuple[str,
 
 
 def _say_what_differs(fast: Tokenizer, ours: spm.SentencePieceProcessor, rules: list[tuple[str, str]]) -> None:
-    """Prints how many of all pieces and rules get other ids than ours, if any."""
+    """Prints how many pieces and rules get different ids from ours, if any do."""
     texts = ours.id_to_piece(list(range(SpecialIds(ours.vocab_size()).ordinary, ours.vocab_size())))
     texts = [piece.replace("▁", " ") for piece in texts] + [source for source, _ in rules]
     fast_ids = (x.ids for x in fast.encode_batch(texts))
@@ -83,11 +83,11 @@ def _say_what_differs(fast: Tokenizer, ours: spm.SentencePieceProcessor, rules: 
 
 
 def hf_tokenizer(model: bytes, max_len: int) -> PreTrainedTokenizerFast:
-    """A tokenizer with our ids and a closing </s>. Prints if there are pieces or rules to which it gives other ids.
+    """A tokenizer with our ids and a closing </s>. Prints how many pieces and rules get different ids, if any do.
 
-    As everywhere in transformers, text that spells a special token becomes that token. It may also give
-    other ids where two ways to cut a text are equally probable, as for "....", and, if there are rules, for a letter
-    whose marks are not in Unicode's order and for a mark after a letter that a rule has made.
+    As everywhere in transformers, text that spells a special token becomes that token. Ids may also differ where two
+    ways to split a text are equally probable, as for "....". If there are rules, they may differ for a letter whose
+    marks are not in Unicode's order and for a mark after a letter that a rule has produced.
     """
     ours, rules = load_tokenizer(model, "tokenizer"), _rules(model)
     fast = _fast(model, ours, rules)

@@ -12,7 +12,7 @@ from config import Run
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl, without one that a killed run left half written. InputError for another file."""
+    """The lines of a metrics.jsonl, without a half-written last one. Raises InputError for any other file."""
     try:
         lines = path.read_text("utf-8").splitlines(keepends=True)
         rows = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -26,7 +26,7 @@ def read_metrics(path: Path) -> list[dict]:
 class Log:
     """Progress bar and metrics.jsonl of rank 0; a resumed run drops the lines that came after its checkpoint.
 
-    Locks the run's folder, so that no two runs write there. Raises InputError where one does already.
+    Locks the run's folder, so that no two runs write there. Raises InputError if one already does.
     """
 
     def __init__(self, run: Run):
@@ -38,7 +38,7 @@ class Log:
         self.bar = tqdm(total=run.train.steps, initial=done, desc=run.out.name, disable=None if rank() == 0 else True)
 
     def _open(self) -> object:
-        """Locks the folder, prepares the log, and returns the lock, which ends with the process however that ends."""
+        """Locks the folder, prepares the log, and returns the lock, which even a killed process releases."""
         folder, state = self.run.folder, self.run.state
         folder.mkdir(exist_ok=True)
         lock = open(folder / "lock", "w")
@@ -49,9 +49,9 @@ class Log:
             raise InputError(f"{folder}: another run writes there; wait, or give another --out") from None
         except OSError as error:  # network file systems that cannot lock
             say(f"{folder}: cannot be locked ({error.strerror}); let no other run write there")
-        for part in folder.glob("*.part"):  # of a save that was cut short
+        for part in folder.glob("*.part"):  # left by an interrupted save
             part.unlink()
-        if state is None and self.path.exists():  # of a run whose checkpoints are gone
+        if state is None and self.path.exists():  # left by a run whose checkpoints are gone
             self.path.rename(folder / f"metrics-{len(list(folder.glob('metrics*')))}.jsonl")
         done = state["spent"]["steps"] if state else 0
         old = read_metrics(self.path) if state and self.path.exists() else []
@@ -74,7 +74,7 @@ class Log:
             append_json(self.path, values)
 
     def step(self, step: int, loss: float, norm: float, lr: float, speed: float) -> None:
-        """One update: loss in nats, gradient norm, AdamW's rate, tokens a second."""
+        """Logs one update: loss in nats, gradient norm, AdamW's rate, tokens per second."""
         self.bar.set_postfix_str(f"loss {loss:.3f}, norm {norm:.2f}, lr {lr:.1e}, {speed:,.0f} tokens/s")
         self.bar.update()
         if step % self.run.train.log_every == 0:
@@ -83,13 +83,13 @@ class Log:
             say(f"step {step}: loss {loss}, gradient norm {norm}; skipped, the weights stay as they are")
 
     def losses(self, done: int, losses: dict[str, float]) -> None:
-        """Held-out losses in nats, by language, after so many updates."""
+        """Logs held-out losses in nats, by language, after `done` updates."""
         self.means[done] = mean = sum(losses.values()) / len(losses)
         self._write(step=done, held_out=losses, mean=mean)
         at_the_start = "" if done else f", ln V = {math.log(self.run.model.vocab_size):.3f}"
         say(f"step {done}: held-out loss {mean:.3f}{at_the_start}")
 
     def summary(self) -> str:
-        """What the run achieved, beside the loss of a model that knows the frequency of each piece and no context."""
+        """What the run achieved, next to the loss of a model that knows only how frequent each piece is."""
         means = list(self.means.values())
         return f"held-out loss {means[0]:.2f} before, {means[-1]:.2f} after; of single pieces {self.entropy:.2f}"

@@ -2,7 +2,7 @@
 
 `MaskedLM` is an encoder with a masked-language-modelling head; `Seq2Seq` is the same encoder with a decoder.
 Both call their parts `embed` and `encoder`, so that moving an encoder between them means copying tensors.
-Source of the architecture: the model code of AlexaTM 20B (Soltan et al. 2022), by the team of the paper; Vaswani et
+Sources of the architecture: the model code of AlexaTM 20B (Soltan et al. 2022), by the paper's team; Vaswani et
 al. 2017 for the Transformer; Xiong et al. 2020 for Pre-LN.
 
 Shapes at line ends: B rows, S source, T target, D model, H heads, K head dim, V vocabulary, N selected positions.
@@ -35,7 +35,7 @@ class ModelConfig:
     n_encoder_layers: int = flag(4, "layers of the encoder", least=1, from_preset=True)
     n_decoder_layers: int = flag(0, "layers of the decoder", least=0, from_preset=True, decoder_only=True)
     positions: str = flag(
-        "rotary", "relative, by rotation, or a learned vector each", choices=("rotary", "learned"), from_preset=True
+        "rotary", "rotary: relative; learned: a vector each", choices=("rotary", "learned"), from_preset=True
     )
     max_len: int = flag(0, "the longest row in tokens (default: --seq-len)", least=1, from_preset=True)
     dropout: float = flag(0.0, "on embeddings and sublayer outputs", least=0, below=1, from_preset=True)
@@ -51,7 +51,7 @@ class ModelConfig:
 
 # paper: 12 layers; width 1024, 16 heads, FFN 4096, dropout 0.1 and learned positions as in AlexaTM 20B's code. With
 # learned positions an encoder stays far longer at the loss of single pieces (results/README.md). The others are ours:
-# micro suits the embedded corpus, tiny some MB of text on a CPU. They have no dropout: so short a run does not overfit.
+# micro suits the embedded corpus, tiny some MB of text on a CPU. Neither has dropout: such short runs do not overfit.
 PRESETS: dict[str, dict] = {
     "micro": dict(d_model=128, n_heads=4, d_ff=512, n_encoder_layers=4, n_decoder_layers=4, dropout=0.0),
     "tiny": dict(d_model=256, n_heads=4, d_ff=1024, n_encoder_layers=4, n_decoder_layers=4, dropout=0.0),
@@ -66,9 +66,9 @@ PRESETS: dict[str, dict] = {
 def plain_attention(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:  # [B, H, T, K], 2 x [B, H, S, K] -> [B, H, T, K]
-    """softmax(q k^T / sqrt(K)) v, step by step (Vaswani et al. 2017, equation 1): `scaled_dot_product_attention`.
+    """softmax(q k^T / sqrt(K)) v, step by step (Vaswani et al. 2017, equation 1), like `scaled_dot_product_attention`.
 
-    On a CPU in bf16 it takes about half the time of torch's single operation, in rows of up to 512 tokens.
+    On a CPU in bf16 it takes about half the time of torch's single operation, for rows of up to 512 tokens.
     """
     scores = q * q.shape[-1] ** -0.5 @ k.mT  # [B, H, T, S]
     if is_causal:
@@ -165,8 +165,8 @@ class EncoderBlock(nn.Module):
 class DecoderBlock(nn.Module):
     """Causal self-attention, cross-attention over the encoder's output, feed-forward: Pre-LN.
 
-    Rotary positions turn the queries and keys of cross-attention too, by target and source position. Without, the
-    decoder must find what to copy by content only, and needs many times the updates to learn it (results/README.md).
+    Rotary positions turn the queries and keys of cross-attention too, by target and source position. Without this,
+    the decoder must find what to copy by content only, which takes many times the updates to learn (results/README.md).
     """
 
     def __init__(self, cfg: ModelConfig):
@@ -215,7 +215,7 @@ def turn_of(cfg: ModelConfig, x: Tensor, start: int = 0) -> Tensor | None:
 
 
 class Encoder(nn.Module):
-    """Embedded tokens to contextual vectors; a final LayerNorm closes the Pre-LN stack."""
+    """Turns embedded tokens into contextual vectors; a final LayerNorm closes the Pre-LN stack."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -234,8 +234,8 @@ class Encoder(nn.Module):
     ) -> Tensor:  # [B, S, D], [B, S] -> [B, S, D]
         """The last layer's output, or what `fuse` makes of the outputs of all layers [layers, B, S, D].
 
-        All pass the final norm. Without it the deeper layers would outweigh the others, since a Pre-LN stream grows
-        from layer to layer. With `selected` positions [N] of the flattened batch, the output is theirs: [N, D].
+        Every output passes the final norm. Without it the deeper layers would outweigh the others, since a Pre-LN
+        stream grows from layer to layer. With `selected` positions [N] of the flattened batch, only theirs: [N, D].
         """
         turn = turn_of(self.cfg, embedded)
         if self.positions is not None:
@@ -254,7 +254,7 @@ class Fusion(nn.Module):
     """Attention over the encoder's layers, separately at each token (Cao, Satya Prakash, Hamza 2022).
 
     scores_l = q . LN(h_l) / sqrt(D), p = softmax over the layers, fused = sum_l p_l h_l. The query starts at 0, so
-    that all layers count equally at step 0. paper: how it is wired there is not known to us.
+    that all layers count equally at step 0. paper: we do not know how it is wired there.
     """
 
     def __init__(self, cfg: ModelConfig):
@@ -271,7 +271,7 @@ class Fusion(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedded target prefix and encoder output to a vector for each next token."""
+    """Turns an embedded target prefix and encoder output into a vector for each next token."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -300,7 +300,7 @@ class ProjectionLoss(torch.autograd.Function):
     At a 150k vocabulary the logits of 64 rows of 512 would be 9.8 GB in bf16; a chunk here is 32 MB. Since the loss is
     a sum, its gradient is known as soon as a chunk's logits are: the forward pass computes it, the backward pass only
     scales it, as in Liger Kernel (Hsu et al. 2024). Gradients that nobody needs (a frozen embedding) are not computed.
-    On a CPU the softmax, in fp32, takes as many rows at a time as its cache holds.
+    On a CPU the fp32 softmax takes only as many rows at a time as fit the cache.
     """
 
     CHUNK_LOGITS = 2**24
@@ -320,8 +320,8 @@ class ProjectionLoss(torch.autograd.Function):
         d_bias = torch.zeros_like(bias) if need[2] else None
         rows = min(len(targets), max(1, ProjectionLoss.CHUNK_LOGITS // len(weight)))
         few = max(1, ProjectionLoss.CACHED_LOGITS // len(weight)) if device == "cpu" else rows
-        product = hidden.new_empty(rows, len(weight), dtype=dtype)  # buffers for every chunk: on a CPU, new memory
-        d_part = torch.empty_like(w) if need[1] else None  # costs more than the arithmetic
+        product = hidden.new_empty(rows, len(weight), dtype=dtype)  # reused: allocating costs a CPU more than computing
+        d_part = torch.empty_like(w) if need[1] else None
         for start in range(0, len(targets), max(1, rows)):
             h, target = h_all[start : start + rows], targets[start : start + rows, None]  # [N, D], [N, 1]
             chunk = torch.mm(h, w.T, out=product[: len(h)])  # [N, V]: logits, then d_logits
@@ -345,7 +345,7 @@ class ProjectionLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # [] -> [N, D], [V, D], [V], None
-        """The gradients that the forward pass took, scaled."""
+        """The gradients from the forward pass, scaled."""
         return *(None if g is None else g * grad for g in ctx.grads), None
 
 
@@ -392,7 +392,7 @@ class MaskedLM(nn.Module):
         return self.encoder(self.embed(src), src_mask)
 
     def logits(self, src: Tensor, src_mask: Tensor | None = None) -> Tensor:  # [B, S] -> [B, S, V]
-        """Scores of every piece at each position: to look at the model. Training never holds them."""
+        """Scores of every piece at each position, for a look at the model. Training never holds them."""
         return F.linear(self.head(self.encode(src, src_mask)), self.embed.weight, self.head_bias)
 
     def forward(self, src: Tensor, labels: Tensor, src_mask: Tensor | None = None) -> Tensor:

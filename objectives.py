@@ -1,10 +1,10 @@
 """Pre-training objectives as pure NumPy functions of (tokens, rng): masked language modelling and span de-noising.
 
 The same tokens and the same generator state give the same example on any machine. `sample_rng` makes that state a
-function of (seed, stream, sample index): nothing has to be stored to resume, and no rank or worker matters.
+function of (seed, stream, sample index): nothing has to be stored to resume, and ranks and workers do not matter.
 Only raw doubles are drawn, because NumPy keeps that stream fixed between versions.
-Source: Devlin et al. 2019 (MLM), Lewis et al. 2020 (de-noising, BART), Soltan et al. 2022 (AlexaTM 20B, by the team of
-the paper: dropped spans), Raffel et al. 2020 (sentinels, T5).
+Sources: Devlin et al. 2019 (MLM), Lewis et al. 2020 (de-noising, BART), Soltan et al. 2022 (AlexaTM 20B, by the
+paper's team: dropped spans), Raffel et al. 2020 (sentinels, T5).
 """
 
 from dataclasses import dataclass
@@ -207,7 +207,7 @@ def _span_cdf(mean: float) -> np.ndarray:
     k = np.arange(1, int(mean + 12 * sqrt(mean) + 30))
     pmf = np.exp(k * log(mean) - mean - np.array([lgamma(i + 1) for i in k]))
     cdf = pmf.cumsum() / pmf.sum()
-    cdf[-1] = 1.0  # despite rounding: the search must end inside
+    cdf[-1] = 1.0  # despite rounding, so that the search always finds a length
     return cdf
 
 

@@ -7,9 +7,9 @@ from config import TrainConfig
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update, a matrix, is made nearly orthogonal (Jordan et al. 2024): `torch.optim.Muon`.
+    """Momentum that makes each update matrix nearly orthogonal (Jordan et al. 2024), like `torch.optim.Muon`.
 
-    torch's always iterates in bf16, ours in `dtype`: a CPU without bf16 instructions is 40 times slower with it.
+    torch's always iterates in bf16, ours in `dtype`: in bf16, a CPU without bf16 instructions is 40 times slower.
     """
 
     def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float, dtype: torch.dtype):
@@ -42,8 +42,8 @@ def orthogonal(x: Tensor) -> Tensor:  # [N, M] -> [N, M]
 def make_optimizers(model: nn.Module, cfg: TrainConfig, muon_dtype: torch.dtype) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the matrices of the blocks and AdamW for the rest.
 
-    All parameters are there from step 0: a frozen one has no gradient and is skipped. Only matrices decay. The
-    embedding has a rate of its own, because most of its rows get a gradient from few tokens of a batch.
+    They hold all parameters from step 0: a frozen one has no gradient and is skipped. Only matrices decay. The
+    embedding has its own rate, because most of its rows get gradients from only a few tokens of a batch.
     AlexaTM 20B: Adam, weight decay 0.1; betas, eps, clipping and rates are ours.
     """
     muon = {n: p for n, p in model.named_parameters() if cfg.optimizer == "muon" and ".blocks." in n and p.ndim == 2}
@@ -75,7 +75,7 @@ def rate(step: int, cfg: TrainConfig) -> float:
 
 
 def freeze_encoder(model: nn.Module, frozen: bool) -> None:
-    """A frozen encoder, with the shared embedding, gets no gradient and no dropout: it stays what it was."""
+    """Freezes or thaws encoder and shared embedding. Frozen, they get no gradient and no dropout."""
     for part in (model.embed, model.encoder):
         part.requires_grad_(not frozen)
         part.train(not frozen)

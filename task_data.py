@@ -1,9 +1,9 @@
-"""The tasks' data as released: which file is which split of which language, and the items in it.
+"""Reads the tasks' data as released: which file is which split of which language, and the items in it.
 
-Files are known by their names: <lang>/train.*, <lang>/dev, <lang>/test-00000-of-00001.parquet (ours, mTOP, PAN-X, the
+Files are recognised by name: <lang>/train.*, <lang>/dev, <lang>/test-00000-of-00001.parquet (ours, mTOP, PAN-X, the
 hub), train-<lang>.tsv, train_<LANG>.tsv (XTREME, MultiATIS++), <lang>.train.conll (xSID), <language>_train.jsonl
-(XL-Sum), <lang>_<treebank>-ud-train.conllu; dev may be valid, validation, val or eval. Where no name has a language, a
-column has it (XNLI), or there is one only (XSum). What is dropped, converted or guessed is printed.
+(XL-Sum), <lang>_<treebank>-ud-train.conllu; dev may be valid, validation, val or eval. If no name has a language, a
+column has it (XNLI), or there is only one (XSum). What is dropped, converted or guessed is printed.
 """
 
 import json
@@ -32,7 +32,7 @@ FIELDS = {  # task -> field -> its names in the releases; the columns of a file 
 }  # fmt: skip
 MTOP = ["id", "intent", "slots", "utterance", "domain", "locale", "tree", "tokens"]  # its columns
 CONLL = (".conllu", ".conll")  # columns: number, word, lemma or intent, tag
-FORMATS = (*CONLL, ".bio", ".parquet", ".jsonl", ".json", ".tsv", ".txt", "")  # of two files of one name, the first
+FORMATS = (*CONLL, ".bio", ".parquet", ".jsonl", ".json", ".tsv", ".txt", "")  # if two files share a name, the first
 NEEDED = "tabs must separate columns, and labels be there (not so in XTREME's test files); use another file"
 CODE = "[A-Za-z]{2,3}(?:[-_][A-Za-z]{2,})*"  # of a language: en, EN, gsw, zh-classical
 NAME = re.compile(
@@ -55,12 +55,12 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
         raise InputError(f"{path}:{number}: not UTF-8 ({error.reason}); convert the file") from None
     except ImportError:
         raise InputError(f"{path}: to read it, pip install backports.zstd") from None
-    except Exception as error:  # each package has its own for damage
+    except Exception as error:  # each package raises its own for damage
         raise InputError(f"{path}:{number + 1}: cannot be read ({error}); fetch the file again") from None
 
 
 def parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
-    """Numbered rows of a parquet file; classes, which are numbers there, by their names in the schema."""
+    """Numbered rows of a parquet file; classes, stored as numbers, become their names in the schema."""
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import read_table
@@ -81,7 +81,7 @@ def parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def rows(path: Path) -> Iterator[tuple[int, dict | list[str]]]:
-    """Numbered rows: named fields of a parquet or JSON file; else columns, which tabs separate.
+    """Numbered rows: named fields of a parquet or JSON file, else tab-separated columns.
 
     Raises InputError with file and line.
     """
@@ -109,12 +109,12 @@ class Item:
     """One sentence, pair or document of a task."""
 
     words: list[str]  # of a tagged sentence; or premise and hypothesis; or the source text alone
-    tags: list[str] = field(default_factory=list)  # one a word
-    label: str = ""  # intent or class; of a generation task the target
+    tags: list[str] = field(default_factory=list)  # one per word
+    label: str = ""  # intent or class; for a generation task, the target
 
 
 def records(task: str, path: Path) -> Iterator[tuple[int, dict]]:
-    """Numbered rows as the fields of the task, and "language" if it is one. Raises InputError with file and line."""
+    """Numbered rows as the fields of the task, and "language" if there is one. Raises InputError with file and line."""
     fields, header = FIELDS[task], None
     for number, row in rows(path):
         if isinstance(row, list):
@@ -133,7 +133,7 @@ def records(task: str, path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def sentences(task: str, path: Path) -> Iterator[tuple[int, dict]]:
-    """Numbered sentences of a file with a word a line: columns as in CONLL, or first the word and last its tag."""
+    """Numbered sentences of a file with one word per line: columns as in CONLL, or the word first and its tag last."""
     conll, width, first, block = unpacked(path).suffix in CONLL, 0, 0, []
     for number, line in chain(lines(path), [(0, "")]):
         row = line.split("\t")
@@ -141,7 +141,7 @@ def sentences(task: str, path: Path) -> Iterator[tuple[int, dict]]:
             words, tags = ([row[i] for row in block] for i in ((1, 3) if conll else (0, -1)))
             yield first, {"words": words, "tags": tags, "label": block[0][2] if task == "slots" else ""}
             block = []
-        elif line.strip() and not (conll and re.match(r"#|\d+[-.]\d+\t", line)):  # a comment, 1-2 or 5.1 is no word
+        elif line.strip() and not (conll and re.match(r"#|\d+[-.]\d+\t", line)):  # comments, 1-2, 5.1: not words
             if not width and not conll and len(row) > 2:
                 print(f"{path}: tags taken from the last of {len(row)} columns")
             width = width or len(row)
@@ -181,7 +181,7 @@ def read_texts(task: str, path: Path, language: str, notes: Counter) -> Iterator
 
 
 def from_iob1(tags: list[list[str]], notes: Counter) -> list[list[str]]:
-    """Tags of BIO, where entities begin with B-, from those of IOB1, which has B- only between two of one type."""
+    """Converts IOB1 tags, with B- only between two entities of one type, to BIO, where every entity begins with B-."""
     opens = [[tag[2:] not in ("", last[2:]) for last, tag in zip(["O", *row], row)] for row in tags]
     letters = Counter(tag[0] for row, xs in zip(tags, opens) for tag, x in zip(row, xs) if x)
     if letters["B"] or not letters["I"]:
@@ -220,14 +220,14 @@ READERS: dict[str, Callable[[Path, str, Counter], Iterable[Item]]] = {  # (file,
 
 
 def find_splits(task: str, folder: Path, train_language: str) -> dict[str, dict[str, list[Path]]]:
-    """split -> language -> files. Prints what is not read, and where the language is a guess."""
+    """split -> language -> files. Prints what is not read, and which languages are guesses."""
     splits: dict[str, dict[str, list[Path]]] = {"train": {}, "dev": {}, "test": {}}
     others = []
     for path in map(folder.joinpath, sorted(glob("**", root_dir=folder, recursive=True))):
         match, parent = NAME.fullmatch(unpacked(path).name), path.parent.name
         if path.is_dir():
             continue
-        if not match or unpacked(path).suffix not in FORMATS or parent == "all_languages":  # of XNLI on the hub
+        if not match or unpacked(path).suffix not in FORMATS or parent == "all_languages":  # in XNLI on the hub
             others.append(str(path.relative_to(folder)))
             continue
         code = (match["ud"] or match["first"] or match["last"] or "").lower()
@@ -245,7 +245,7 @@ def find_splits(task: str, folder: Path, train_language: str) -> dict[str, dict[
 
 
 def read_files(task: str, files: list[Path], language: str) -> list[Item]:
-    """The items in the files of a split. Raises InputError where there are none, or for one that cannot be right."""
+    """The items in the files of a split. Raises InputError if there are none, or if one cannot be right."""
     refuse_packed_twice(files)
     first: dict[Path, Path] = {}
     for path in sorted(files, key=lambda path: FORMATS.index(unpacked(path).suffix)):
@@ -267,7 +267,7 @@ def read_files(task: str, files: list[Path], language: str) -> list[Item]:
 def read_task(
     task: str, folder: Path, train_language: str, chosen: list[str] | None = None
 ) -> tuple[list[Item], list[Item], dict[str, list[Item]]]:
-    """Training and dev set of a language, test sets of those chosen or of all. Raises InputError for a missing one."""
+    """Training and dev set of one language, test sets of those chosen or all. Raises InputError if one is missing."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; --data names one that holds <lang>/train.*, dev.*, test.*")
     splits = find_splits(task, folder, train_language)

@@ -37,7 +37,7 @@ METRICS = {  # the first chooses epoch and learning rate
     "summ": ("ROUGE-L", "ROUGE-1", "ROUGE-2"),
 }
 GENERATION = ("parse", "summ")
-MIN_UPDATES = 500  # of a fine-tuning on a small set
+MIN_UPDATES = 500  # when fine-tuning on a small set
 SCORED_TOKENS = 8192  # at a time
 GENERATED_TOKENS = 1 << 17  # positions of a batch, at most 64 sources
 DEV_TEXTS = 200  # generated to choose an epoch
@@ -45,7 +45,7 @@ DEV_TEXTS = 200  # generated to choose an epoch
 
 @dataclass(frozen=True)
 class Job:
-    """What is fine-tuned and how."""
+    """What to fine-tune, and how."""
 
     task: str
     train: list[Item]
@@ -57,7 +57,7 @@ class Job:
     freeze: bool
     beams: int
     dtype: str
-    cut: bool = False  # targets that the model has no positions for
+    cut: bool = False  # whether to cut targets that are too long for the model
 
 
 def entities(tags: list[str]) -> set[tuple[str, int, int]]:
@@ -79,7 +79,7 @@ def entities(tags: list[str]) -> set[tuple[str, int, int]]:
 
 
 def precision_recall_f1(gold: list[list[str]], predicted: list[list[str]]) -> tuple[float, float, float]:
-    """Of entities over all sentences, in percent."""
+    """Precision, recall and F1 of the entities in all sentences, in percent."""
     a, b = (entities([tag for sentence in tags for tag in (*sentence, "O")]) for tags in (gold, predicted))
     precision, recall = (100 * len(a & b) / max(1, len(x)) for x in (b, a))
     return precision, recall, 2 * precision * recall / max(1e-9, precision + recall)
@@ -91,7 +91,7 @@ def percent_equal(gold: list, predicted: list) -> float:
 
 
 def rouge_words(text: str) -> list[str]:
-    """Lower-case runs of letters and digits, with their combining marks, as Hindi and Tamil vowels are.
+    """Lower-case runs of letters, digits and combining marks, such as Hindi and Tamil vowels.
 
     In scripts without spaces (Chinese, Japanese, Thai, Lao, Burmese, Khmer) each character is a word.
     """
@@ -136,7 +136,7 @@ def scores(task: str, gold: list[Item], predicted: list[Item]) -> dict[str, floa
 
 
 def majority(task: str, train: list[Item], items: list[Item]) -> list[Item]:
-    """What needs no model: the most frequent tag and label of the training set; for summ the text's first words."""
+    """A baseline without a model: the training set's most frequent tag and label; for summ, the text's first words."""
     if task == "summ":
         n = round(statistics.mean(len(item.label.split()) for item in train))
         return [Item(item.words, label=" ".join(item.words[0].split()[:n])) for item in items]
@@ -148,7 +148,7 @@ def majority(task: str, train: list[Item], items: list[Item]) -> list[Item]:
 class Heads(nn.Module):
     """Linear heads on an encoder: a tag for each word, at its first piece; a label from the mean over all tokens.
 
-    If it is frozen, or has one in its seq2seq model, they read an attention fusion of its layers (Cao et al. 2022).
+    If the encoder is frozen, or its model has attention fusion, they read a fusion of its layers (Cao et al. 2022).
     """
 
     def __init__(self, body: nn.Module, n_tags: int, n_labels: int, freeze: bool):
@@ -165,7 +165,7 @@ class Heads(nn.Module):
 
 
 def windows(n: int, size: int) -> list[tuple[int, int, int, int]]:
-    """Overlapping windows of at most `size` of n tokens: (start, stop, and the tokens first to end it answers for).
+    """Overlapping windows of at most `size` of n tokens: (start, stop, first, end); first to end are its own tokens.
 
     A token belongs to the window in whose middle it lies, so every token has about size / 4 of context on either side.
     """
@@ -182,7 +182,7 @@ class Row:
     item: int
     src: list[int]  # tokens, closed by </s>
     label: int
-    words: list[int]  # that are tagged in this window
+    words: list[int]  # those tagged in this window
     positions: list[int]  # of their first pieces in src
     tags: list[int]  # -1 for one that training never saw
 
@@ -199,7 +199,7 @@ class Tagger:
         self.lengths = [len(row.src) for row in self.rows]
 
     def encode(self, items: list[Item]) -> list[Row]:
-        """Items as rows, long sentences as several. Of a pair the longer text is cut; a word of no pieces is <unk>."""
+        """Items as rows, long sentences as several. A pair's longer text is cut; a word without pieces is <unk>."""
         tag_ids, label_ids = ({x: i for i, x in enumerate(names)} for names in (self.tags, self.labels))
         ids, rows = self.job.ids, []
         for k, item in enumerate(items):
@@ -218,7 +218,7 @@ class Tagger:
         return rows
 
     def logits(self, rows: list[Row]) -> tuple[Tensor | None, Tensor | None]:
-        """Of the tags of W words [W, tags] and of labels [B, labels], for rows padded to the longest of them."""
+        """Logits of the tags of W words [W, tags] and of labels [B, labels]; pads rows to the longest."""
         batch = trainer.collate([{"src": np.array(row.src)} for row in rows], self.job.ids.pad)
         src = batch["src"]  # [B, S]
         mask = batch.get("src_mask", torch.ones_like(src, dtype=torch.bool))
@@ -234,7 +234,7 @@ class Tagger:
 
     @torch.no_grad()
     def predict(self, items: list[Item], bar: str) -> list[Item]:
-        """The items with the model's tags and labels; long rows apart from short ones, in fp32."""
+        """The items with the model's tags and labels, in fp32; rows of similar length share a batch."""
         self.model.eval()
         tags, labels = [[""] * len(item.tags) for item in items], [""] * len(items)
         order = sorted(self.encode(items), key=lambda row: len(row.src), reverse=True)
@@ -246,7 +246,7 @@ class Tagger:
                 for (k, w), tag in zip([(row.item, w) for row in batch for w in row.words], best[0]):
                     tags[k][w] = self.tags[tag]
                 for row, label in zip(batch, best[1]):
-                    if 0 in row.words or not items[row.item].tags:  # the first window speaks for the sentence
+                    if 0 in row.words or not items[row.item].tags:  # the first window decides for the sentence
                         labels[row.item] = self.labels[label]
                 progress.update(len(batch))
         return [Item(*x) for x in zip([item.words for item in items], tags, labels)]
@@ -275,7 +275,7 @@ class Writer:
 
     @torch.no_grad()
     def predict(self, items: list[Item], bar: str, beams: int = 0) -> list[Item]:
-        """The items with what the model writes, by job.beams if none are given; long sources apart from short ones."""
+        """The items with what the model writes (beams: by default job.beams); sources of like length share a batch."""
         self.model.eval()
         beams, ids = beams or self.job.beams, self.job.ids
         sources = [{"src": self.encode(item)["src"]} for item in items]
@@ -291,7 +291,7 @@ class Writer:
 
 
 def batches(lengths: list[int], size: int, rng: np.random.Generator) -> list[list[int]]:
-    """All indices in batches of rows of like length, in random order."""
+    """All indices in batches of rows of similar length, in random order."""
     order, near = rng.permutation(len(lengths)).tolist(), 50 * size
     order = [i for k in range(0, len(order), near) for i in sorted(order[k : k + near], key=lambda i: lengths[i])]
     groups = [order[k : k + size] for k in range(0, len(order), size)]
@@ -299,7 +299,7 @@ def batches(lengths: list[int], size: int, rng: np.random.Generator) -> list[lis
 
 
 def finetune(job: Job, body: nn.Module, lr: float, seed: int) -> tuple[float, Tagger | Writer]:
-    """Trains a copy of the body by AdamW (10 % warm-up, linear decay): the best dev score and the model that had it."""
+    """Trains a copy of the body by AdamW (10 % warm-up, linear decay). Returns the best dev score and its model."""
     torch.manual_seed(seed)
     learner = (Writer if job.task in GENERATION else Tagger)(job, deepcopy(body))
     model = learner.model.to(trainer.device()).requires_grad_(True)
@@ -332,7 +332,7 @@ def finetune(job: Job, body: nn.Module, lr: float, seed: int) -> tuple[float, Ta
 
 def count_cut(job: Job, max_len: int, test: dict[str, list[Item]]) -> None:
     """Prints how many texts are longer than the model reads or writes. Raises InputError for targets unless job.cut."""
-    limit = 0  # of what it writes: set by the first of the sets
+    limit = 0  # on what it writes: set by the training set
     for name, items in [("train", job.train), ("dev", job.dev), *((f"{x} test", items) for x, items in test.items())]:
         sources = [item.words for item in items if not item.tags]  # a tagged sentence is read in windows
         targets = [[item.label] for item in items if job.task in GENERATION]
@@ -350,7 +350,7 @@ def count_cut(job: Job, max_len: int, test: dict[str, list[Item]]) -> None:
 
 
 def evaluate(job: Job, body: nn.Module, lrs: list[float], n_seeds: int, test: dict[str, list[Item]]) -> Iterator[dict]:
-    """Fine-tunes with each seed and scores every language: a result for each. Seed 0's dev score picks the rate."""
+    """Fine-tunes with each seed and scores every language, one result each. Seed 0's dev score picks the rate."""
     count_cut(job, body.cfg.max_len, test)
     known = {x for item in job.train for x in (*item.tags, item.label)}
     base_dev = scores(job.task, job.dev, majority(job.task, job.train, job.dev))[METRICS[job.task][0]]
@@ -381,7 +381,7 @@ def mean_sd(values: list[float], digits: int = 2) -> str:
 
 
 def print_scores(task: str, results: list[dict], train_language: str) -> None:
-    """The table: a line a language, mean and standard deviation over the seeds, the baseline in the last column."""
+    """Prints a line per language: mean and standard deviation over the seeds, with the baseline in the last column."""
     names, languages = METRICS[task], list(dict.fromkeys(result["language"] for result in results))
     print("language  items  " + "  ".join(f"{name:>15}" for name in names) + f"  majority: {names[0]}")
     others = [language for language in languages if language != train_language]

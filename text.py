@@ -1,4 +1,4 @@
-"""Documents out of text files of every format that people have; data.py turns them into tokens.
+"""Reads documents from text files in the usual formats; data.py turns them into tokens.
 
 TEXT holds <lang>.<ext> or <lang>/*. ext is txt (a document ends at a blank line, or after 64 kB), jsonl, ndjson or json
 (one object a line, its text under "text", else "content"), each also as .gz, .xz, .bz2 or .zst, or parquet. Files and
@@ -17,13 +17,13 @@ from pathlib import Path
 
 from cli import InputError
 
-MAX_DOCUMENT = 64 << 10  # bytes of .txt: text without blank lines, too, becomes many documents, some of them held out
+MAX_DOCUMENT = 64 << 10  # bytes of .txt, so that text without blank lines also becomes many documents, some held out
 MAX_LINE = 1 << 24  # bytes; parsed JSON takes up to 25 times its size
 PACKED = r"(\.(gz|xz|bz2|zst))?"
 FORMAT = re.compile(rf"((?P<stem>.+?)\.(?P<kind>txt|jsonl|ndjson|json|parquet)|wiki_\d+){PACKED}", re.I)
 LAYOUT = "<lang>.<ext> or <lang>/*.<ext>, ext being txt, jsonl, ndjson, json (and .gz, .xz, .bz2, .zst) or parquet"
 CODE = re.compile(r"[a-z]{2,3}([-_]([a-z]{3}|[A-Z][a-z]{3}|[A-Z]{2}|\d{3}))*")  # of a language, by BCP 47
-ADDED = re.compile(r"^\d{8}\.|_meta$|\.no(clean|blocklist)$")  # to the code by Wikipedia, OSCAR and C4's variants
+ADDED = re.compile(r"^\d{8}\.|_meta$|\.no(clean|blocklist)$")  # what Wikipedia, OSCAR and C4's variants add to the code
 MC4, MADLAD = re.compile(r"c4-(.+?)\.tfrecord-.*"), re.compile(r".+_(clean|noisy)_\d{4}\.jsonl\.gz")  # their files
 NOT_READ = {  # reason: names
     "hidden": r"(^|/)\.",
@@ -40,12 +40,12 @@ ONE_A_LINE = "write one object a line: `jq -c '.[]' FILE` from an array, `jq -c 
 
 
 def unpacked(path: Path) -> Path:
-    """A path without what it is packed with (.gz ...)."""
+    """A path without its compression suffix (.gz ...)."""
     return Path(re.sub(PACKED + "$", "", str(path), flags=re.I))
 
 
 def refuse_packed_twice(files: list[Path]) -> None:
-    """Raises InputError where a file is there packed and unpacked: its text would count twice."""
+    """Raises InputError if a file is there both packed and unpacked: its text would count twice."""
     seen: dict[Path, Path] = {}
     for path in files:
         if (other := seen.setdefault(unpacked(path), path)) is not path:
@@ -53,7 +53,7 @@ def refuse_packed_twice(files: list[Path]) -> None:
 
 
 def _entries(path: Path, folder: Path) -> Iterator[tuple[Path, str]]:
-    """Every file at or below a path, links followed, and why it is not read, or ""; a skipped folder is one entry."""
+    """Every file at or below a path, through links, and why it is not read, or ""; a skipped folder is one entry."""
     name = path.relative_to(folder).as_posix() + "/" * path.is_dir()
     why = next((why for why, names in NOT_READ.items() if re.search(names, name, re.I)), "")
     clean = path.with_name(re.sub(r"_noisy_\d{4}", "_clean_0000", path.name))
@@ -105,7 +105,7 @@ def find_text(folder: Path) -> tuple[dict[str, list[Path]], list[tuple[Path, str
 def print_text(found: dict[str, list[Path]], skipped: list[tuple[Path, str]], text_field: str = "") -> None:
     """Prints files, bytes and first words of each language, what is guessed or cut, and what is not read.
 
-    Opens every file: one that cannot be read is refused now and not after hours of work.
+    Opens every file, so that one that cannot be read is refused now and not after hours of work.
     """
     said = [(path, f"not read ({why})") for path, why in skipped]
     print("language    files             bytes  begins")
@@ -126,7 +126,7 @@ def print_text(found: dict[str, list[Path]], skipped: list[tuple[Path, str]], te
 
 
 def _kind(path: Path) -> str:
-    """txt, parquet, or a format of JSON lines, which WikiExtractor's wiki_00 has too."""
+    """txt, parquet or a JSON lines format, to which WikiExtractor's wiki_00 also belongs."""
     return (FORMAT.fullmatch(path.name)["kind"] or "jsonl").lower()
 
 
@@ -137,7 +137,7 @@ def unpack(packed: io.BufferedReader) -> io.BufferedIOBase:
         try:
             from compression import zstd  # Python 3.14
         except ImportError:
-            from backports import zstd  # not the package zstandard, which takes a cut file for a whole one
+            from backports import zstd  # not the package zstandard, which takes a truncated file for whole
         return zstd.open(packed, options={zstd.DecompressionParameter.window_log_max: 31})  # for `zstd --long=31`
     return {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}.get(suffix, lambda file: file)(packed)
 
@@ -162,7 +162,7 @@ def raw_documents(path: Path, progress: Callable = lambda n: None, text_field: s
         raise
     except ImportError:
         raise InputError(f"{path}: to read it, pip install {'pyarrow' if is_parquet else 'backports.zstd'}") from None
-    except Exception as error:  # each package has its own for damage
+    except Exception as error:  # each package raises its own for damage
         place = f"{'row' if is_parquet else 'line'} {number}"
         raise InputError(f"{path}: cut or damaged after {place} ({error}); fetch it again") from None
 
@@ -225,5 +225,5 @@ def document_text(path: Path, number: int, raw: bytes, text_field: str = "") -> 
 
 
 def text_lines(text: str) -> list[str]:
-    """The lines of a document that hold anything; a document's tokens are those of its lines, one after the other."""
+    """The lines of a document that are not blank; its tokens are those of these lines, in order."""
     return [line for line in (part.strip("\r") for part in text.split("\n")) if line.strip()]

@@ -13,13 +13,13 @@ from objectives import SpecialIds
 from text import document_text, raw_documents, text_lines
 
 TOKENIZER_CHARS = 8_000_000  # characters the tokenizer is trained on, in equal shares of the languages
-SPECIAL_PIECES = ["<pad>", "<s>", "</s>", "<unk>", "<mask>", "[CLM]"]  # by their ids, as SpecialIds has them
+SPECIAL_PIECES = ["<pad>", "<s>", "</s>", "<unk>", "<mask>", "[CLM]"]  # in the order of their ids in SpecialIds
 SPECIAL_PIECES += [f"<extra_id_{k}>" for k in range(SpecialIds.n_sentinels)]
 BYTE_PIECES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 def sample_lines(files: list[Path], n_chars: int, seed: int, text_field: str = "") -> list[str]:
-    """A uniform sample of lines, about n_chars characters out of 32 times as many (of each file 1 MB at least)."""
+    """A uniform sample of lines: about n_chars characters out of 32 times as many (at least 1 MB of each file)."""
     rng, kept, size, seen = random.Random(seed), [], 0, 0
     files = rng.sample(files, len(files))
     share = max(1 << 20, 32 * n_chars // len(files))
@@ -41,8 +41,8 @@ def sample_lines(files: list[Path], n_chars: int, seed: int, text_field: str = "
 def train_tokenizer(text: dict[str, list[Path]], vocab_size: int, seed: int, text_field: str = "") -> bytes:
     """A SentencePiece unigram model (Kudo 2018) in which every Unicode text survives encoding and decoding.
 
-    No normalisation, spaces kept, bytes for characters outside the vocabulary; U+2581, SentencePiece's own sign for a
-    space, is the one character that comes back as another. Raises InputError where vocab_size does not fit the text.
+    It does not normalise, keeps spaces, and writes characters outside the vocabulary as bytes. Only U+2581,
+    SentencePiece's sign for a space, comes back as another one. Raises InputError if vocab_size does not fit the text.
     """
     share = TOKENIZER_CHARS // len(text)
     lines = [line for files in text.values() for line in sample_lines(files, share, seed, text_field)]
@@ -88,7 +88,7 @@ def _unigram_model(model: bytes, name: object) -> tuple[spm.SentencePieceProcess
 
 
 def load_tokenizer(model: bytes, name: object) -> spm.SentencePieceProcessor:
-    """Raises InputError, naming `name`, unless `model` is a SentencePiece unigram model with our special ids."""
+    """Loads a tokenizer. Raises InputError, naming `name`, unless it is a unigram model with our special ids."""
     tokenizer, pieces = _unigram_model(model, name)
     if pieces[: len(SPECIAL_PIECES)] != SPECIAL_PIECES:
         raise InputError(f"{name}: its special tokens are not this project's; give it to data.py with --tokenizer")
@@ -96,7 +96,7 @@ def load_tokenizer(model: bytes, name: object) -> spm.SentencePieceProcessor:
 
 
 def sentencepiece_messages(name: object) -> ModuleType:
-    """The classes of a SentencePiece model's parts. Raises InputError, naming the model, if protobuf is missing."""
+    """The protobuf classes of a SentencePiece model. Raises InputError, naming the model, if protobuf is missing."""
     try:
         from sentencepiece import sentencepiece_model_pb2
     except ImportError:
@@ -105,10 +105,10 @@ def sentencepiece_messages(name: object) -> ModuleType:
 
 
 def adopt_tokenizer(model: bytes, name: object) -> bytes:
-    """A SentencePiece unigram model (one's own, or another project's) with our special ids; prints what has changed.
+    """Gives a SentencePiece unigram model (yours or another project's) our special ids; prints what has changed.
 
     Our special pieces come first, then the 256 bytes, then its ordinary and user-defined pieces in their order, with
-    their scores. Its normalisation stays, and text in characters that it knows is cut into the same pieces as before.
+    their scores. Its normalisation stays, and text in characters that it knows is split into the same pieces as before.
     Other characters become bytes, even if they were <unk> before, so that they are not lost. Its control and unused
     pieces are dropped, and so is a piece spelled like one of ours. A model with our special ids is returned unchanged.
     Raises InputError, naming `name`, for anything but a unigram model, and if protobuf is missing.

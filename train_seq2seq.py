@@ -1,7 +1,7 @@
 """Stage 2: a seq2seq model by de-noising, from scratch or around the encoder of stage 1 (Soltan et al. 2023, Recipe 2).
 
 torchrun train_seq2seq.py --init enc.pt --unfreeze-at 0.5    # the recipe -> seq2seq.pt
-torchrun train_seq2seq.py --out scratch.pt                   # the model it is to match
+torchrun train_seq2seq.py --out scratch.pt                   # the model it should match
 """
 
 import re
@@ -26,10 +26,10 @@ class DenoiseConfig:
     noise_density: float = flag(0.15, "share of the tokens that lie in spans", above=0, below=1)
     mean_span: float = flag(3.0, "mean of the Poisson distribution of span lengths, tokens", above=0, most=1000)
     clm_fraction: float = flag(
-        0.0, "share of the rows that are to be continued, not de-noised (AlexaTM 20B: 0.2)", least=0, most=1
+        0.0, "share of the rows that the model continues instead of de-noising (AlexaTM 20B: 0.2)", least=0, most=1
     )
-    init_decoder: bool = flag(False, "the decoder starts from the layers of --init's encoder, but for cross-attention")
-    unfreeze_at: float = flag(0.0, "share of the steps for which the encoder of --init is frozen", least=0, most=1)
+    init_decoder: bool = flag(False, "start the decoder from --init's encoder layers, except for cross-attention")
+    unfreeze_at: float = flag(0.0, "share of the steps for which --init's encoder stays frozen", least=0, most=1)
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -38,7 +38,7 @@ class DenoiseConfig:
 def seq2seq_objective(ids: SpecialIds, cfg: DenoiseConfig) -> trainer.Objective:
     """A row [L] -> source [S], decoder input [T] (the target after <s>) and target [T] of Seq2Seq.
 
-    The objective raises OneProcessError for a target longer than the row: sentinels make one if nearly all is noise.
+    The objective raises OneProcessError for a target longer than the row: sentinels cause one if nearly all is noise.
     """
 
     def objective(tokens: np.ndarray, rng: np.random.Generator) -> trainer.Example:
@@ -84,7 +84,7 @@ def main() -> None:
         run.init["weights"] |= decoder_from_encoder(run.init["weights"], run.model)
     objective = seq2seq_objective(run.data.ids, cfg)
     thaw = round(cfg.unfreeze_at * run.train.begun_steps, 6)  # 0.55 * 100 is slightly more than 55 in floating point
-    frozen = lambda step: step < thaw or cfg.unfreeze_at == 1  # also where the run was extended
+    frozen = lambda step: step < thaw or cfg.unfreeze_at == 1  # 1 also holds for an extended run
     trainer.fit(run, trainer.new_model(run), objective, frozen)
 
 

@@ -2,10 +2,10 @@
 
 A run is a function of its settings: sample i and its noise depend on (seed, i), dropout on (seed, step, process), and
 freezing on the step. A checkpoint therefore holds weights, optimizer state and what was spent, and a resumed run
-repeats the run that was not interrupted. What belongs to one objective is in train_encoder.py and train_seq2seq.py.
+matches one that was never interrupted. The objectives themselves are in train_encoder.py and train_seq2seq.py.
 
     enc.pt                    the result (checkpoint.py)
-    enc.run/000000500.pt      a checkpoint to resume from, named by its step; the newest --keep of them
+    enc.run/000000500.pt      a checkpoint to resume from, named after its step; the newest --keep stay
     enc.run/metrics.jsonl     what the progress bar showed, and the held-out losses
 """
 
@@ -53,9 +53,9 @@ LOST = {  # how torch says that a process is lost, and what we say
 
 
 def start(description: str, kind: str, objective: type) -> Run:
-    """The run that the command line of a training script asks for, its process group joined.
+    """Joins the process group and returns the run that a training script's command line asks for.
 
-    Raises InputError where flags and checkpoints contradict each other.
+    Raises InputError if flags and checkpoints contradict each other.
     """
     flags = parse_flags(description, kind, objective)
     start_processes(build(TrainConfig, flags).timeout)
@@ -70,7 +70,7 @@ def start(description: str, kind: str, objective: type) -> Run:
 def new_model(run: Run) -> nn.Module:
     """The run's model with its initial weights: random ones from the seed, and with --init that checkpoint's.
 
-    Raises InputError where the checkpoint's weights do not fit.
+    Raises InputError if the checkpoint's weights do not fit.
     """
     torch.manual_seed(run.train.seed)
     model = MODELS[run.kind](run.model)
@@ -89,19 +89,19 @@ def device() -> torch.device:
 
 
 def product_dtype(dtype: str) -> torch.dtype:
-    """What --dtype asks for, but fp32 on a CPU without bf16 instructions, which would take 40 times as long."""
+    """What --dtype asks for, but fp32 on a CPU without bf16 instructions, where bf16 would take 40 times as long."""
     on_cpu = device().type == "cpu"
     slow = on_cpu and not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return torch.bfloat16 if dtype == "bf16" and not slow else torch.float32
 
 
 def autocast(dtype: str) -> torch.autocast:
-    """Matrix products in --dtype."""
+    """A context in which matrix products are in --dtype."""
     return torch.autocast(device().type, torch.bfloat16, enabled=product_dtype(dtype) == torch.bfloat16)
 
 
 def keep_memory() -> None:
-    """Makes glibc keep freed memory instead of returning it to the system: 3 to 20 % of an update on a CPU.
+    """Makes glibc keep freed memory instead of returning it to the system: it saves 3 to 20 % of an update on a CPU.
 
     Figures: benchmarks/README.md.
     """
@@ -139,7 +139,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 def _shard(model: nn.Module, dtype: str) -> None:
     """Splits every parameter over the processes (FSDP2): a group for each block, one for the rest.
 
-    The rest, with the shared embedding, is gathered in fp32: residual stream and norms are as without sharding.
+    The rest, with the shared embedding, is gathered in fp32, so residual stream and norms are as without sharding.
     """
     bf16 = torch.bfloat16 if product_dtype(dtype) == torch.bfloat16 else None
     policy = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -149,9 +149,9 @@ def _shard(model: nn.Module, dtype: str) -> None:
 
 
 def _wrap(model: nn.Module) -> nn.Module:
-    """The model, under DDP where several processes hold a whole copy of it.
+    """The model, in DDP if several processes each hold a whole copy of it.
 
-    Wrapped again when the encoder freezes or thaws: a live DDP does not notice, and its ranks would silently drift
+    It is wrapped again when the encoder freezes or thaws: DDP does not notice, and its ranks would silently drift
     apart. FSDP2 notices.
     """
     if not dist.is_initialized() or isinstance(model, FSDPModule):
@@ -181,7 +181,7 @@ def _like(x: Tensor, p: Tensor) -> Tensor:
 
 
 def collate(examples: list[Example], pad: int) -> dict[str, Tensor]:
-    """Stacks examples to tensors [B, longest] on the device, padded at the end: targets with IGNORE, tokens with pad.
+    """Stacks examples into tensors [B, longest] on the device, padded at the end: targets with IGNORE, tokens with pad.
 
     A src_mask is added only where a source was padded: attention is faster without one.
     """
@@ -196,18 +196,18 @@ def collate(examples: list[Example], pad: int) -> dict[str, Tensor]:
         if name == "src" and min(len(row) for row in rows) < longest:
             lengths = torch.tensor([len(row) for row in rows])
             batch["src_mask"] = torch.arange(longest) < lengths[:, None]  # [B, S]
-    if device().type == "cuda":  # from pinned memory a copy does not hold the GPU up
+    if device().type == "cuda":  # a copy from pinned memory does not hold up the GPU
         return {name: x.pin_memory().to(device(), non_blocking=True) for name, x in batch.items()}
     return batch
 
 
 def n_targets(examples: list[Example]) -> int:
-    """Positions that carry a loss."""
+    """Number of positions that carry a loss."""
     return sum(int((example[name] != IGNORE).sum()) for example in examples for name in example if name in TARGETS)
 
 
 class _Batches(Dataset):
-    """Step -> the examples of this process: a function of the step, whoever asks."""
+    """Step -> the examples of this process, whichever worker asks for them."""
 
     def __init__(self, run: Run, objective: Objective):
         self.run, self.objective = run, objective
@@ -220,7 +220,7 @@ class _Batches(Dataset):
 
 
 def _loader(run: Run, objective: Objective, first_step: int) -> DataLoader:
-    """The examples of each step, made by --workers processes, or in this one as they are asked for."""
+    """The examples of each step, made by --workers processes, or by this one on demand."""
     return DataLoader(
         _Batches(run, objective),
         batch_size=None,
@@ -228,7 +228,7 @@ def _loader(run: Run, objective: Objective, first_step: int) -> DataLoader:
         collate_fn=lambda examples: examples,
         num_workers=run.train.workers,
         multiprocessing_context="fork" if run.train.workers else None,
-        worker_init_fn=lambda _: os.setpgid(0, 0),  # a signal to the group must not end them before their last rows
+        worker_init_fn=lambda _: os.setpgid(0, 0),  # a signal to the group must not end workers before their last rows
     )
 
 
@@ -236,7 +236,7 @@ def _loader(run: Run, objective: Objective, first_step: int) -> DataLoader:
 
 
 def valid_examples(data: TokenData, language: str, objective: Objective, at_most: int = 0) -> list[Example]:
-    """Held-out rows of a language with fixed noise: all of them, or at_most so many, evenly spread.
+    """Held-out rows of a language with fixed noise: all of them, or `at_most` of them, evenly spread.
 
     The noise is the same in every run, whatever its seed, so that held-out losses can be compared.
     """
@@ -251,7 +251,7 @@ def valid_examples(data: TokenData, language: str, objective: Objective, at_most
 def held_out_loss(
     model: nn.Module, data: TokenData, languages: list[str], objective: Objective, dtype: str, at_most: int = 0
 ) -> dict[str, float]:
-    """Mean loss in nats for each language, over all processes; every process must call it. Leaves model.eval()."""
+    """Mean loss in nats for each language, over all processes; all must call it. Leaves the model in eval mode."""
     model.eval()
     sums = []
     for language in languages:
@@ -259,14 +259,14 @@ def held_out_loss(
         n = dist.get_world_size() if dist.is_initialized() else 1  # eval.py is one process even under torchrun
         share, loss = examples[rank() :: n], 0.0
         for first in range(0, -(-len(examples) // n), 32):
-            # Under FSDP every process must take part in every pass: one without rows repeats one, uncounted.
+            # Under FSDP every process must take part in every pass: one without rows repeats a row, uncounted.
             batch = collate(share[first : first + 32] or examples[:1], data.ids.pad)
             with autocast(dtype):
                 part = model(**batch).item()
             loss += part if share[first : first + 32] else 0.0
         sums += [loss, n_targets(share)]
     if isinstance(model, FSDPModule):
-        model.reshard()  # what a pass without gradients leaves gathered would not notice freezing or thawing
+        model.reshard()  # parameters left gathered would not notice freezing or thawing
     sums = _sum_over_ranks(sums)
     return {language: sums[2 * i] / max(1, sums[2 * i + 1]) for i, language in enumerate(languages)}
 
@@ -294,7 +294,7 @@ def fit(run: Run, model: nn.Module, objective: Objective, frozen: Callable[[int]
     try:
         with Log(run) as log:
             Training(run, model, objective, frozen, log, told_to_stop).loop()
-    except OneProcessError as error:  # from a row worker it arrives at the end of torch's account of where it was
+    except OneProcessError as error:  # torch puts its own report before the message of a row worker
         raise OneProcessError(str(error).strip().rsplit("OneProcessError: ", 1)[-1]) from None
     except RuntimeError as error:
         for sign, meaning in LOST.items():
@@ -336,7 +336,7 @@ class Training:
             self._restore(run.state)
 
     def _restore(self, state: dict) -> None:
-        """Takes weights and optimizer state, whole there, out of a checkpoint; shards them where the model is."""
+        """Loads weights and optimizer state from a checkpoint, where they are whole; shards them if the model is."""
         now = self.model.state_dict()
         self.model.load_state_dict({name: _like(x, now[name]) for name, x in state.pop("weights").items()})
         for optimizer, stored in zip(self.optimizers, state.pop("optimizers"), strict=True):
@@ -345,7 +345,7 @@ class Training:
             optimizer.load_state_dict(optimizer.state_dict() | {"state": stored})
 
     def loop(self) -> None:
-        """From where the run stands to its last step, or until it is told to stop."""
+        """Trains from where the run stands to its last step, or until it is told to stop."""
         run, cfg, spent = self.run, self.run.train, self.spent
         if cfg.steps and not spent["steps"]:
             self.validate()
@@ -378,22 +378,22 @@ class Training:
             self.save()
         done_before = run.out.exists() and run.state and run.state["spent"]["steps"] == cfg.steps
         if dist.is_initialized():
-            dist.barrier()  # every process must have looked before one writes
+            dist.barrier()  # every process must have checked before one writes
         if done_before:
             say(f"{run.out}: done already, after {cfg.steps} steps")
         else:
             self.finish()
 
     def update(self, wrapped: nn.Module, examples: list[Example], step: int) -> tuple[float, float, bool]:
-        """One update from this process's examples: mean loss in nats and gradient norm of the global batch, and
-        whether any process was told to stop.
+        """Does one update from this process's examples; returns mean loss in nats and gradient norm of the global
+        batch, and whether any process was told to stop.
 
         The gradient is that of the mean loss over all targets of the global batch, however the batch is split. If loss
         or norm is not finite the weights stay as they are: all processes see the same two numbers, so they agree.
         """
         run, cfg = self.run, self.run.train
         torch.manual_seed((cfg.seed << 32 ^ step << 8 ^ rank()) & (1 << 63) - 1)  # dropout
-        all_targets = max(1, *_sum_over_ranks([n_targets(examples)]))  # rows of special tokens only have none
+        all_targets = max(1, *_sum_over_ranks([n_targets(examples)]))  # rows of only special tokens have none
         micro = cfg.micro_batch_size or len(examples)
         loss, flops, thawed_flops = torch.zeros((), device=device()), 0.0, 0.0
         for first in range(0, len(examples), micro):
@@ -428,13 +428,13 @@ class Training:
         self.log.losses(self.spent["steps"], losses)
 
     def checkpoint(self) -> dict:
-        """What the result holds: the weights as they are now and the history up to now."""
+        """The result as of now: the current weights and the history so far."""
         run = self.run
         history = run.history + [{"stage": run.kind, **self.spent, "settings": run.settings}]
         return as_checkpoint(run.kind, run.model, self.model.state_dict(), run.data.tokenizer_model, history)
 
     def save(self) -> None:
-        """Writes a checkpoint to resume from and removes those that are too many."""
+        """Writes a checkpoint to resume from and removes the oldest beyond --keep."""
         run = self.run
         state = {"spent": dict(self.spent), "settings": run.settings, "data": run.data.fingerprint}
         state["optimizers"] = [optimizer.state_dict()["state"] for optimizer in self.optimizers]

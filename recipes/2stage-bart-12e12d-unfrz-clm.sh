@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Beyond the paper: Recipe 2 with 20 % of the rows to be continued, as AlexaTM 20B had.
+# Beyond the paper: Recipe 2 with 20 % of the rows continued instead of repaired, as in AlexaTM 20B.
 . "$(dirname "$0")/scale.sh"
 after roberta-12e
 $TORCHRUN "$CODE/train_seq2seq.py" "${SHAPE[@]}" \

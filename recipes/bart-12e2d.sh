@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Does a smaller decoder leave more to the encoder? 2 layers for 12.
+# Does a smaller decoder leave more to the encoder? 2 layers instead of 12.
 . "$(dirname "$0")/scale.sh"
 $TORCHRUN "$CODE/train_seq2seq.py" "${SHAPE[@]}" \
   --steps $STEPS --noise drop --decoder-layers 2 --out bart-12e2d.pt "$@"

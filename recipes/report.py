@@ -2,7 +2,7 @@
 
 python recipes/report.py runs/mini/results.jsonl --out REPORT    # one or more files
 
-A model is known by its checkpoint's file name: results of one name in two files are two runs of one model.
+A model is known by its checkpoint's file name: results under one name in two files are two runs of one model.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def by_run(results: list[dict]) -> list[float]:
 
 
 def over_runs(results: list[dict], digits: int = 2) -> str:
-    """Mean and standard deviation over the runs, "-" where there is none."""
+    """Mean and standard deviation over the runs, "-" if there are none."""
     return mean_sd(by_run(results), digits) if results else "-"
 
 
@@ -126,7 +126,7 @@ def claims_table(results: list[dict]) -> str:
 
 
 def compared(values: list[float], others: list[float], sign: int) -> tuple[str, str]:
-    """How far the mean of some seeds is from that of others, in their pooled standard deviation; and in a word.
+    """How far apart the means over two sets of seeds are, in pooled standard deviations; and the verdict in a word.
 
     Differences of less than 2 are called equal. `sign` is 1 if more is better, else -1.
     """
@@ -139,7 +139,7 @@ def compared(values: list[float], others: list[float], sign: int) -> tuple[str, 
 
 
 def task_table(results: list[dict], kind: str, tasks: list[str]) -> str:
-    """A line a model: cost, held-out loss, and for each task the mean over the other languages and the training one."""
+    """A line per model: cost, held-out loss, and for each task the mean of the other languages and the training one."""
     chosen = [r for r in results if r["task"] in tasks or (r["task"] == "loss" and r["kind"] == kind)]
     seen = [task for task in tasks if any(r["task"] == task for r in chosen)]
     columns = [(task, others) for task in seen for others in (True, False)]
@@ -157,7 +157,7 @@ def task_table(results: list[dict], kind: str, tasks: list[str]) -> str:
 
 
 def loss_table(results: list[dict], kind: str) -> str:
-    """The held-out losses of each model of a kind in each language; "" where there is one language."""
+    """The held-out losses of each model of a kind in each language; "" if there is only one."""
     chosen = [r for r in results if r["task"] == "loss" and r["kind"] == kind]
     languages = sorted({r["language"] for r in chosen})
     if len(languages) < 2:
@@ -177,8 +177,8 @@ SWEEP = ("2stage-bart-12e12d", "2stage-bart-12e12d-unfrz", "unfreeze-at-")  # ro
 
 
 def sweep(results: list[dict]) -> tuple[dict[float, dict[str, list[dict]]], set[int]]:
-    """Second stages that differ only in the point of unfreezing: point -> task -> results; and the seeds of
-    pre-training that all points have, to which they are limited.
+    """Second stages that differ only in the point of unfreezing: point -> task -> results; and the pre-training
+    seeds that all points have. Results of other seeds are left out.
     """
     chosen = [r for r in results if r["row"] in SWEEP[:2] or r["row"].startswith(SWEEP[2])]
     chosen = [
@@ -195,7 +195,7 @@ def sweep(results: list[dict]) -> tuple[dict[float, dict[str, list[dict]]], set[
 
 
 def sweep_table(results: list[dict], points: dict[float, dict[str, list[dict]]]) -> str:
-    """A line a point of unfreezing: loss, generation scores, compute."""
+    """A line per point of unfreezing: loss, generation scores, compute."""
     tasks = [task for task in GENERATION if any(task in by_task for by_task in points.values())]
     head = ["`--unfreeze-at`", "held-out loss, nats", *(f"{task}, {METRICS[task][0]}" for task in tasks)]
     rows = []
@@ -207,7 +207,7 @@ def sweep_table(results: list[dict], points: dict[float, dict[str, list[dict]]])
 
 
 def tables(results: list[dict]) -> str:
-    """Markdown of what is there: the paper's two tables, held-out losses by language, the sweep of --unfreeze-at."""
+    """The results as Markdown: the paper's two tables, held-out losses by language, the sweep of --unfreeze-at."""
     table = claims_table(results)
     text = f"# Claims\n\n{table}\n" if table else ""
     for kind, names in (("encoder", [task for task in METRICS if task not in GENERATION]), ("seq2seq", [*GENERATION])):
@@ -228,8 +228,8 @@ def tables(results: list[dict]) -> str:
 def plot_pairs(results: list[dict], out: Path) -> str:
     """Held-out loss of each seq2seq model against the FLOPs of the pair: two stages, and both models from scratch.
 
-    A pair from scratch is a model without a first stage, and an encoder of as many updates as it has itself, at the
-    price of roberta-12e. The name of the figure, "" where there is nothing to compare.
+    A pair from scratch is a model without a first stage, and an encoder with as many updates, each at the cost of one
+    of roberta-12e. Returns the figure's name, or "" if there is nothing to compare.
     """
     from matplotlib.figure import Figure  # pyplot would keep every figure it makes in memory
 
@@ -255,7 +255,7 @@ def plot_pairs(results: list[dict], out: Path) -> str:
 
 
 def plot_sweep(results: list[dict], out: Path) -> str:
-    """Held-out loss and generation scores against the point of unfreezing, beside the model from scratch; its name."""
+    """Plots loss and scores against the point of unfreezing, beside the model from scratch. Returns its file name."""
     from matplotlib.figure import Figure
 
     points, seeds = sweep(results)

@@ -2,9 +2,9 @@
 # Every row of the paper's table, the task suite on it, the sweep of --unfreeze-at, and what goes beyond the paper.
 #
 #   recipes/run_all.sh --plan                              # what is left to do, and about how long it takes
-#   recipes/run_all.sh                                     # does it; stopped at any point, the same command continues
+#   recipes/run_all.sh                                     # does it; if stopped, the same command continues
 #   SCALE=mini DATA=DATA TASKS=TASKS recipes/run_all.sh    # TASKS holds udpos ner slots nli parse summ, or some of them
-#   python recipes/report.py runs/mini*/results.jsonl --out OUT   # tables and figures, of what is there
+#   python recipes/report.py runs/mini*/results.jsonl --out OUT   # tables and figures of the results so far
 #
 # Tasks are fine-tuned on TRAIN_LANG (en) and scored in the languages of the data folder that have a test set.
 #
@@ -28,7 +28,7 @@ gpu | paper) HOW="--seeds 3 --lr 1e-5 3e-5 1e-4" ;;
 esac
 LANGS=$(cd "${DATA:-$CODE/sample/text}" && ls | sed -nE 's/^([^.]+)\.(train.*bin|txt)$/\1/p' | sort -u)
 
-job() { # NAME COST COMMAND...: does what is not done yet, or adds it to what is left
+job() { # NAME COST COMMAND...: runs what is not done yet, or adds it to what is left
   local name=$1 cost=$2 began=$SECONDS
   [ ! -e "done/$name" ] || return 0
   shift 2
@@ -52,14 +52,14 @@ row() { # ROW [SEED]: its recipe
   SEED=${2:-0} "$CODE/recipes/$1.sh" --resume
 }
 
-second() { # NAME FLAGS...: a second stage that is no row of the paper
+second() { # NAME FLAGS...: a second stage that is not a row of the paper
   local name=$1
   shift
   $TORCHRUN "$CODE/train_seq2seq.py" "${SHAPE[@]}" --steps $SECOND --noise drop "$@" --out "$name.pt" --resume
   python "$CODE/eval.py" "$name.pt" --task loss --out results.jsonl
 }
 
-tested() { # TASK: the languages of the data folder that have a test set of it
+tested() { # TASK: the languages of the data folder that have a test set for it
   local lang
   for lang in $LANGS; do ! ls "$TASKS/${1/pos/udpos}/$lang/"test.* > /dev/null 2>&1 || echo $lang; done
 }
@@ -85,11 +85,11 @@ scores() { # encoder|seq2seq CHECKPOINT...: the tasks of this kind that there is
   done
 }
 
-random() { # the encoder before its first update, for the least that any other must beat
+random() { # the encoder before its first update: the least that any other must beat
   $TORCHRUN "$CODE/train_encoder.py" "${SHAPE[@]}" --steps 0 --out random.pt --resume
 }
 
-jobs() { # costs are about those of 100 MLM updates, as one sees them with `tiny` on a CPU
+jobs() { # a cost of 1 is about 100 MLM updates of `tiny` on a CPU
   job roberta-12e 20 row roberta-12e
   job bart-12e12d 50 row bart-12e12d
   job bart-12e12d+mlm 4 row bart-12e12d+mlm

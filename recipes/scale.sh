@@ -2,15 +2,15 @@
 #
 #   recipes/roberta-12e.sh                                  # the embedded corpus, 400 updates, minutes on a laptop
 #   SCALE=mini DATA=DATA recipes/roberta-12e.sh             # a data folder of data.py, 2,000 updates
-#   SCALE=mini DATA=DATA SEED=1 recipes/roberta-12e.sh      # once more, from other random numbers
+#   SCALE=mini DATA=DATA SEED=1 recipes/roberta-12e.sh      # again, with other random numbers
 #   SCALE=paper DATA=DATA TORCHRUN="torchrun --nproc-per-node 8" recipes/roberta-12e.sh
 #
-# Models go to runs/$SCALE, those of another seed to runs/$SCALE-seed$SEED. Flags of a recipe are handed on to its
+# Models go to runs/$SCALE, those of another seed to runs/$SCALE-seed$SEED. Flags given to a recipe go to its
 # training command, after its own: --steps 0 writes the initialised model, --resume continues.
 set -eu
 unset CDPATH # with it, cd prints where it went
 
-# From scratch; the second stage, 0.7 of it; the MLM continuation, 1/5 of it.
+# Updates from scratch, in the second stage (0.7 of them) and in the MLM continuation (1/5 of them).
 case ${SCALE:=demo} in
 demo)
   SHAPE=(--preset micro --batch-size 32 --seq-len 64)
