@@ -53,7 +53,7 @@ def _one_line(error: Exception) -> str | None:
         return f"{where}: {reason}; change its permissions, make room or choose another"
     if isinstance(error, MemoryError | RuntimeError) and out_of_memory(error):
         reason = str(error).split("\n")[0][:200]
-        return f"{name}: out of memory ({reason}); smaller micro-batches or a smaller model need less"
+        return f"{name}: out of memory ({reason}); use smaller micro-batches or a smaller model"
     return None
 
 

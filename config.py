@@ -146,16 +146,16 @@ def make_run(kind: str, flags: dict, objective: type) -> Run:
         state, settings = _resumed(kind, out, newest, preset, flags)
     else:
         if resume and out.exists():
-            raise InputError(f"{out}: exists, but no checkpoint of its run to resume from; give another --out")
+            raise InputError(f"{out}: exists, but its run has no checkpoint to resume from; give another --out")
         init, settings = _fresh(kind, out, newest, preset, flags)
         if resume:
-            say(f"{out.with_suffix('.run')}: nothing to resume, a new run starts")
+            say(f"{out.with_suffix('.run')}: nothing to resume; starting a new run")
     configs = [TrainConfig, ModelConfig, objective]
     settings = {f.name: f.default for c in configs for f in fields(c) if f.default is not MISSING} | settings
     train = build(TrainConfig, settings)
     data = open_data(train.data, train.seq_len, train.seed, train.alpha)
     if state and state["data"] != data.fingerprint:
-        raise InputError(f"{train.data}: not the data that {newest} was trained on; name that with --data")
+        raise InputError(f"{train.data}: not the data that {newest} was trained on; give that with --data")
     if init and init["tokenizer"] != data.tokenizer_model:
         raise InputError(f"{train.data}: its tokenizer is not that of {settings['init']}; use --tokenizer there")
     settings["vocab_size"] = data.ids.vocab_size
@@ -166,7 +166,9 @@ def make_run(kind: str, flags: dict, objective: type) -> Run:
     if train.seq_len > model.max_len:
         raise InputError(f"--seq-len {train.seq_len}: the model has {model.max_len} positions; lower it")
     if state and state["config"] != asdict(model):
-        raise InputError(f"{newest}: its model differs from its settings; remove it, an older one may be beside it")
+        raise InputError(
+            f"{newest}: its model differs from its settings; remove it, and resume from an older one if any"
+        )
     return Run(kind, out, settings, train, model, build(objective, settings), data, init, state)
 
 
@@ -176,7 +178,8 @@ def _resumed(kind: str, out: Path, newest: Path, preset: dict, flags: dict) -> t
     stored, more = state["config"] | state["settings"], {}
     if flags.get("steps", 0) > stored["steps"]:
         more = {"steps": flags.pop("steps"), "first_steps": stored.get("first_steps") or stored["steps"]}
-        say(f"{out}: {stored['steps']:,} steps become {more['steps']:,}; the learning rate follows the longer schedule")
+        longer = f"extended from {stored['steps']:,} to {more['steps']:,} steps"
+        say(f"{out}: {longer}; the learning rate follows the longer schedule")
     if out.exists() and state["spent"]["steps"] < stored["steps"] and not stored.get("first_steps"):
         raise InputError(f"{out}: exists but is not the result of this run, which is unfinished; move it away")
     if stored["init"]:

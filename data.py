@@ -151,10 +151,10 @@ def read_meta(folder: Path, unfinished: bool = False) -> dict[str, dict]:
             if meta[path.stem].keys() not in (ENTRY, set()):
                 raise ValueError
         except (ValueError, AttributeError):
-            raise InputError(f"{path}: not what data.py writes of a language; remove it or the folder") from None
+            raise InputError(f"{path}: not a description of a language by data.py; remove it or the folder") from None
     if not unfinished and not (meta and all(meta.values())):
         names = ", ".join(x for x in meta if not meta[x]) or "every language"
-        raise InputError(f"{folder}: not finished: {names}; {AGAIN.format(folder)}, or remove <lang>.json of some")
+        raise InputError(f"{folder}: not finished: {names}; {AGAIN.format(folder)}, or remove their <lang>.json")
     return meta
 
 
@@ -211,8 +211,8 @@ def _to_encode(data_dir: Path, files: dict[str, dict[str, int]], text_field: str
                 change = f"other files ({min(changed)[0]} is new, gone or of another size)"
             if change:
                 remedy = f"remove {data_dir / language}.* to encode it again"
-                raise InputError(f"{data_dir}: {language!r} is made from {change}; {remedy}")
-            say(f"{language}: encoded already, with --seed {entry['seed']} --valid-fraction {entry['valid_fraction']}")
+                raise InputError(f"{data_dir}: {language!r} was made from {change}; {remedy}")
+            say(f"{language}: already encoded, with --seed {entry['seed']} --valid-fraction {entry['valid_fraction']}")
     return [language for language in files if not meta.get(language)]
 
 
@@ -257,7 +257,7 @@ def prepare(
         raise InputError(f"{text_dir}: {lack}; add text or change --valid-fraction, then {AGAIN.format(data_dir)}")
     meta = read_meta(data_dir, unfinished=True)
     if unfinished := ", ".join(x for x in meta if not meta[x]):
-        say(f"{data_dir}: not finished: {unfinished}; another run of data.py is at it, or was killed")
+        say(f"{data_dir}: not finished: {unfinished}; another data.py is still working on it, or was killed")
     return {language: entry for language, entry in meta.items() if entry}
 
 
@@ -277,10 +277,10 @@ def print_table(meta: dict[str, dict]) -> None:
         counts = f"{entry['documents']:10,} {train[x]:11,} {valid[x]:11,} {entry['bytes']:13,}"
         print(f"{x:8} {counts} {per_word:12.2f} {share[x]:6.1%}")
     if few := ", ".join(x for x in meta if train[x] < FEW_TOKENS):
-        print(f"warning: under {FEW_TOKENS:,} tokens to train on, which a model learns by heart: {few}; add text")
+        print(f"warning: under {FEW_TOKENS:,} tokens to train on, which a model will memorise: {few}; add text")
     if few := ", ".join(f"{x} {valid[x]}" for x in meta if valid[x] < LONG_ROW):
         remedy = "add text, or remove <lang>.* and encode it again with a larger --valid-fraction"
-        print(f"warning: few tokens held out, and no --seq-len can be larger: {few}; {remedy}")
+        print(f"warning: few tokens held out, which limits --seq-len too: {few}; {remedy}")
 
 
 # The stream --------------------------------------------------------------------------------------------------------
@@ -314,7 +314,7 @@ class _Tokens:
         if len(tokens) < length:  # the rest is in the next shards
             tokens = np.concatenate([tokens, self.read(start + len(tokens), length - len(tokens))])
         if tokens.max() >= self.vocab_size:
-            raise OneProcessError(f"a shard holds token {tokens.max()}, over the vocabulary; {self.remedy}")
+            raise OneProcessError(f"a shard holds token {tokens.max()}, outside the vocabulary; {self.remedy}")
         return tokens
 
 
@@ -343,7 +343,7 @@ class TokenData:
         self.fingerprint = sha256(json.dumps(both).encode() + self.tokenizer_model).hexdigest()
         for x, n in sizes.items():
             if n < seq_len:
-                lack = f"{x!r} has {n} tokens to train on, a row takes {seq_len}"
+                lack = f"{x!r} has {n} tokens to train on, but a row needs {seq_len}"
                 raise InputError(f"{folder}: {lack}: add text, remove {x}.*, or lower --seq-len")
         share = shares(sizes, alpha)
         self._below = np.concatenate([[0.0], np.cumsum([share[x] for x in self.languages])[:-1], [1.0]])
@@ -377,8 +377,8 @@ class TokenData:
         """Number of held-out rows of a language. Raises InputError if there are none."""
         tokens = self.valid[language]
         if len(tokens) < self.seq_len:
-            lack = f"{language!r} has {len(tokens)} tokens held out, a row takes {self.seq_len}"
-            raise InputError(f"{lack}: lower --seq-len, or {tokens.remedy} and a larger --valid-fraction, or more text")
+            lack = f"{language!r} has {len(tokens)} tokens held out, but a row needs {self.seq_len}"
+            raise InputError(f"{lack}: lower --seq-len, add text, or {tokens.remedy} and a larger --valid-fraction")
         return len(tokens) // self.seq_len
 
     def valid_row(self, language: str, j: int) -> np.ndarray:  # [L]

@@ -74,7 +74,8 @@ def show(tokenizer: SentencePieceProcessor, tokens: list[int]) -> str:
 
 def _check_length(src: Tensor, model: nn.Module) -> None:
     if src.shape[1] > model.cfg.max_len:
-        raise InputError(f"the sentence has {src.shape[1]} tokens, the model {model.cfg.max_len} positions; shorten it")
+        has = f"the sentence has {src.shape[1]} tokens, but the model only {model.cfg.max_len} positions"
+        raise InputError(f"{has}; shorten it")
 
 
 @torch.no_grad()
@@ -213,7 +214,7 @@ def print_fusion(args: argparse.Namespace) -> None:
     subject = open_subject(args, "seq2seq")
     model, data = subject.model, subject.data
     if not model.cfg.fusion:
-        raise InputError(f"{args.checkpoint}: trained without --fusion, there are no layer weights to show")
+        raise InputError(f"{args.checkpoint}: trained without --fusion, so it has no layer weights to show")
     print("language  " + " ".join(f"layer {k + 1:2}" for k in range(model.cfg.n_encoder_layers)))
     for language in subject.languages:
         examples = trainer.valid_examples(data, language, subject.objective, at_most=64)
@@ -236,9 +237,9 @@ def print_cost(args: argparse.Namespace) -> None:
         try:
             steps, both = scratch_flops(history)
         except KeyError as missing:
-            raise InputError(f"{path}: its history lacks {missing}; it cannot be priced, train it again") from None
+            raise InputError(f"{path}: its history lacks {missing}; so its cost is unknown; train it again") from None
         if not both:
-            print("  one model so far: nothing to save\n")
+            print("  one model so far: nothing to compare\n")
             continue
         print(f"  both from scratch, {steps:,} updates each: {both:.3g} FLOPs; saved {saved(history, both):.1%}\n")
     print("At the paper's shape (rows of 512; 500k updates from scratch each; 350k in the second stage):")

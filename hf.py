@@ -150,7 +150,7 @@ def _read_tensors(folder: Path, family: str) -> dict[str, Tensor]:
     except Exception as error:  # the libraries raise many kinds
         raise InputError(f"{folder}: its weights cannot be read ({str(error).splitlines()[0]})") from None
     if off := sorted(str(x) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for x in seen[key]):
-        raise InputError(f"{folder}: {len(off)} tensors are missing or too many, {off[0]} is the first")
+        raise InputError(f"{folder}: {len(off)} tensors are missing or unexpected; the first is {off[0]}")
     tensors = model.state_dict()
     if family == hf_names.XLM:
         tensors[hf_names.POSITIONS] = tensors[hf_names.POSITIONS][1:] + tensors[hf_names.TYPES]

@@ -20,7 +20,7 @@ def read_metrics(path: Path) -> list[dict]:
             raise ValueError
         return rows
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path}: not the log of a run; remove it, its checkpoints do not need it") from None
+        raise InputError(f"{path}: not the log of a run; remove it; the checkpoints do not need it") from None
 
 
 class Log:
@@ -46,9 +46,9 @@ class Log:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.close()
-            raise InputError(f"{folder}: another run writes there; wait, or give another --out") from None
+            raise InputError(f"{folder}: another run is writing there; wait, or give another --out") from None
         except OSError as error:  # network file systems that cannot lock
-            say(f"{folder}: cannot be locked ({error.strerror}); let no other run write there")
+            say(f"{folder}: cannot be locked ({error.strerror}); make sure that no other run writes there")
         for part in folder.glob("*.part"):  # left by an interrupted save
             part.unlink()
         if state is None and self.path.exists():  # left by a run whose checkpoints are gone
@@ -80,7 +80,7 @@ class Log:
         if step % self.run.train.log_every == 0:
             self._write(step=step, loss=loss, grad_norm=norm, lr=lr, tokens_per_second=speed)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            say(f"step {step}: loss {loss}, gradient norm {norm}; skipped, the weights stay as they are")
+            say(f"step {step}: loss {loss}, gradient norm {norm}; update skipped, weights unchanged")
 
     def losses(self, done: int, losses: dict[str, float]) -> None:
         """Logs held-out losses in nats, by language, after `done` updates."""

@@ -33,7 +33,7 @@ FIELDS = {  # task -> field -> its names in the releases; the columns of a file 
 MTOP = ["id", "intent", "slots", "utterance", "domain", "locale", "tree", "tokens"]  # its columns
 CONLL = (".conllu", ".conll")  # columns: number, word, lemma or intent, tag
 FORMATS = (*CONLL, ".bio", ".parquet", ".jsonl", ".json", ".tsv", ".txt", "")  # if two files share a name, the first
-NEEDED = "tabs must separate columns, and labels be there (not so in XTREME's test files); use another file"
+NEEDED = "columns must be separated by tabs and have labels (XTREME's test files have none); use another file"
 CODE = "[A-Za-z]{2,3}(?:[-_][A-Za-z]{2,})*"  # of a language: en, EN, gsw, zh-classical
 NAME = re.compile(
     rf"((?P<ud>[a-z]+)_\w+-ud-|(?P<first>{CODE})\.|(?P<xlsum>[a-z_]+)_(?=[a-z]+\.jsonl)|.*[-_.])?"
@@ -98,7 +98,7 @@ def rows(path: Path) -> Iterator[tuple[int, dict | list[str]]]:
         try:
             yield number, dict(json.loads(line))
         except (ValueError, TypeError):
-            raise InputError(f"{path}:{number}: not a JSON object; write one a line") from None
+            raise InputError(f"{path}:{number}: not a JSON object; write one per line") from None
 
 
 # Items -------------------------------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def from_iob1(tags: list[list[str]], notes: Counter) -> list[list[str]]:
     opens = [[tag[2:] not in ("", last[2:]) for last, tag in zip(["O", *row], row)] for row in tags]
     letters = Counter(tag[0] for row, xs in zip(tags, opens) for tag, x in zip(row, xs) if x)
     if letters["B"] or not letters["I"]:
-        notes["entities that begin with I-, left so"] += letters["I"]
+        notes["entities that begin with I-, left unchanged"] += letters["I"]
         return tags
     notes["entities converted from IOB1 to BIO"] += letters["I"]
     return [["B" + tag[1:] if x else tag for tag, x in zip(row, xs)] for row, xs in zip(tags, opens)]
@@ -203,11 +203,11 @@ def read_tagged(task: str, path: Path, language: str, notes: Counter) -> list[It
             raise InputError(f"{path}:{number}: the tag {odd[0]!r} in this sentence is not {kind}; convert the tags")
         items.append(Item(words, tags, record.get("label", "")))
     if items and all(word.isdigit() for item in items for word in item.words):
-        raise InputError(f"{path}:1: its words are numbers; name CoNLL-U files .conllu, or take the words' column")
+        raise InputError(f"{path}:1: its words are numbers; name CoNLL-U files .conllu, or use the column of words")
     whole = [item for item in items if not set(item.words) <= {"_"} and "_" not in item.tags]
     notes["sentences without text or tags (_) dropped"] += len(items) - len(whole)
     if task == "ner" and whole and all(re.match("[a-z-]+:", word) for item in whole for word in item.words):
-        notes["sentences, the language before every word (en:) removed"] += len(whole)
+        notes["sentences: the language before every word (en:) removed"] += len(whole)
         whole = [replace(item, words=[word.split(":", 1)[1] for word in item.words]) for item in whole]
     if task == "pos":
         return whole

@@ -341,7 +341,7 @@ def count_cut(job: Job, max_len: int, test: dict[str, list[Item]]) -> None:
             long = sum(length > max_len for length in lengths)
             line = f"{name}: {long:,} of {len(texts):,} {what} are longer than the model's {max_len} positions"
             if long and what == "targets" and not job.cut:
-                raise InputError(f"{line}; pre-train with --seq-len {max(lengths)} or more, or --cut them")
+                raise InputError(f"{line}; pre-train with --seq-len {max(lengths)} or more, or pass --cut")
             if long and (what != "targets" or not limit):
                 print(f"{line}, and cut")
         if limit and (long := sum(length > limit for length in lengths)):
@@ -363,7 +363,9 @@ def evaluate(job: Job, body: nn.Module, lrs: list[float], n_seeds: int, test: di
     for seed in range(n_seeds):
         dev, learner = finetune(job, body, lr, seed) if seed else runs[lr]
         if dev <= base_dev and job.task not in GENERATION:
-            print(f"warning: seed {seed} collapsed to chance: dev {dev:.2f}, majority {base_dev:.2f}; try another --lr")
+            print(
+                f"warning: seed {seed} does not beat the majority: dev {dev:.2f}, not {base_dev:.2f}; try another --lr"
+            )
         for language, items in test.items():
             unseen = sum(x not in known for item in items for x in (*item.tags, item.label))
             yield dict(language=language, seed=seed, lr=lr, dev=dev) | {

@@ -36,7 +36,7 @@ REFUSED = {  # beginning of a file: what is wrong, and the remedy
     rb"<doc ": "has the tags of WikiExtractor; run it again with --json",
     rb"1\t.*(\n\d+\t.*)+\n?\d*$": "every line begins with its number; `cut -f2 FILE` removes the numbers",
 }
-ONE_A_LINE = "write one object a line: `jq -c '.[]' FILE` from an array, `jq -c . FILE` from objects over many lines"
+ONE_A_LINE = "write one object per line: `jq -c '.[]' FILE` from an array, `jq -c . FILE` from objects over many lines"
 
 
 def unpacked(path: Path) -> Path:
@@ -49,7 +49,7 @@ def refuse_packed_twice(files: list[Path]) -> None:
     seen: dict[Path, Path] = {}
     for path in files:
         if (other := seen.setdefault(unpacked(path), path)) is not path:
-            raise InputError(f"{other} and {path.name}: one file, packed and not; remove either")
+            raise InputError(f"{other} and {path.name}: the same file, packed and unpacked; remove one")
 
 
 def _entries(path: Path, folder: Path) -> Iterator[tuple[Path, str]]:
@@ -93,7 +93,7 @@ def find_text(folder: Path) -> tuple[dict[str, list[Path]], list[tuple[Path, str
         for path in [path for path, why in entries if not why]:
             language = _language(top, path)
             if top.is_dir() and (other := folders.setdefault(language, top)) != top:
-                raise InputError(f"{other} and {top.name}: two folders of {language!r}; remove or merge one")
+                raise InputError(f"{other} and {top.name}: two folders for {language!r}; remove or merge one")
             found.setdefault(language, []).append(path)
     if not found:
         raise InputError(f"{folder}: no text in it; it should hold {LAYOUT}")
@@ -117,7 +117,7 @@ def print_text(found: dict[str, list[Path]], skipped: list[tuple[Path, str]], te
         said += [(path, f"few blank lines, cut into documents of {MAX_DOCUMENT >> 10} kB") for path in long]
         said += [(path, r"MADLAD-400, \n read as the end of a line") for path in files if MADLAD.fullmatch(path.name)]
     if odd := [language for language in found if not CODE.fullmatch(language)]:
-        print(f"not like the code of a language (hi, zh-Hans, als_Latn), rename it: {', '.join(odd)}")
+        print(f"not a language code (such as hi, zh-Hans, als_Latn), rename: {', '.join(odd)}")
     groups: dict[tuple[Path, str], list[str]] = {}
     for path, what in said:
         groups.setdefault((path.parent, what), []).append(path.name)

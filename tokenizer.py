@@ -83,7 +83,7 @@ def _unigram_model(model: bytes, name: object) -> tuple[spm.SentencePieceProcess
     try:
         tokenizer.nbest_encode_as_ids("a", 1)
     except RuntimeError:  # no other kind of model can do this
-        raise InputError(f"{name}: a BPE, word or char model; take a unigram model or train one here") from None
+        raise InputError(f"{name}: a BPE, word or char model; use a unigram model or train one here") from None
     return tokenizer, pieces
 
 

@@ -380,7 +380,7 @@ class Training:
         if dist.is_initialized():
             dist.barrier()  # every process must have checked before one writes
         if done_before:
-            say(f"{run.out}: done already, after {cfg.steps} steps")
+            say(f"{run.out}: already done, after {cfg.steps} steps")
         else:
             self.finish()
 

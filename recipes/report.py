@@ -216,8 +216,8 @@ def tables(results: list[dict]) -> str:
             text += f"# {title} tasks\n\n{task_table(results, kind, names)}\n"
         if table := loss_table(results, kind):
             text += f"Held-out losses:\n\n{table}\n"
-    text += "Mean ± standard deviation over the runs; scores in percent, FLOPs of the whole history. `pair saved`: of "
-    text += "the\nFLOPs of `roberta-12e` and `bart-12e12d`, where a history has both models in it.\n"
+    text += "Mean ± standard deviation over the runs; scores in percent, FLOPs of the whole history. `pair saved`: the "
+    text += "share\nof the FLOPs of `roberta-12e` and `bart-12e12d` that a history with both models saves.\n"
     points, seeds = sweep(results)
     if len(points) > 1:
         seeds = " and ".join(map(str, sorted(seeds)))

@@ -86,7 +86,7 @@ LAYOUTS = {
         {"hi": HI, "sw": SW},
     ),
     "hub-wikipedia, two dumps": Layout(
-        {f"{date}.sw/train-00000-of-00001.parquet": SW for date in (20231101, 20220301)}, refused="two folders of 'sw'"
+        {f"{date}.sw/train-00000-of-00001.parquet": SW for date in (20231101, 20220301)}, refused="two folders for 'sw'"
     ),
     "hub-cache": Layout(
         {"datasets--x--y/blobs/aa": b"{}", "datasets--x--y/snapshots/01/sw/train.jsonl": Path("../../../blobs/aa")},
@@ -134,8 +134,8 @@ LAYOUTS = {
         {".git": "hidden", "en/c4-validation.00000-of-00008.json.gz": HELD_OUT},
     ),
     "c4, a variant": Layout({f"en.noblocklist/{C4}": EN}, {"en": EN}),
-    "c4, variants": Layout({f"{x}/{C4}": EN for x in ("en", "en.noclean")}, refused="two folders of 'en'"),
-    "c4, news": Layout({f"{x}/{C4}": EN for x in ("en", "realnewslike")}, refused="two folders of 'en'"),
+    "c4, variants": Layout({f"{x}/{C4}": EN for x in ("en", "en.noclean")}, refused="two folders for 'en'"),
+    "c4, news": Layout({f"{x}/{C4}": EN for x in ("en", "realnewslike")}, refused="two folders for 'en'"),
     "mixed-formats": Layout(
         {"sw.txt": SW, "en.txt.bz2": EN, "de.ndjson.zst": DE, "hi.parquet": HI},
         {"de": DE, "en": EN, "hi": HI, "sw": SW},
@@ -170,7 +170,9 @@ LAYOUTS = {
         {"en": EN},
         {"en/test.txt": HELD_OUT, "en/valid.txt": HELD_OUT},
     ),
-    "packed-twice": Layout({"en/a.txt": EN, "en/a.txt.zst": EN}, refused="one file, packed and not; remove either"),
+    "packed-twice": Layout(
+        {"en/a.txt": EN, "en/a.txt.zst": EN}, refused="the same file, packed and unpacked; remove one"
+    ),
     "nothing-read": Layout(
         {"en/a.txt": EN, "sw/pages/a.pdf": b"%PDF"}, refused=r"nothing in it is read \(pages/a.pdf: not"
     ),

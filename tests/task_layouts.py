@@ -244,7 +244,7 @@ LAYOUTS = [
     Layout("tags of the Penn treebank", "pos", MOVED, by_word("{w}\tVBD"), refused="the tag 'VBD' in this sentence is"),
     Layout("ours", "ner", "{lang}/{split}.bio", TWO),
     Layout("PAN-X", "ner", "{lang}/{split}", by_word("{lang}:{w}\t{t}"), more=(("en/extra", "en:a\tO\n"),),
-           said=("2 sentences, the language before every word (en:) removed", "no split in the name: en/extra")),
+           said=("2 sentences: the language before every word (en:) removed", "no split in the name: en/extra")),
     Layout("PAN-X, XTREME with tags", "ner", "{split}-{lang}.tsv", TWO),
     Layout("WikiANN, hub", "ner", PARQUET, parquet(number(BIO_CLASSES), ner_tags=BIO_CLASSES), "validation"),
     Layout("WikiANN, hub, classes without names", "ner", PARQUET, parquet(number(BIO_CLASSES)), "validation",

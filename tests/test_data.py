@@ -167,7 +167,7 @@ def changed(path, offset):
         (lambda f: shutil.rmtree(f), "copy: no such folder; name one made by data.py"),
         (lambda f: (f / "tokenizer.model").unlink(), r"no tokenizer.model in it; `python data.py .*copy DATA` makes"),
         (lambda f: (f / "tokenizer.model").write_bytes(b"x"), "not a SentencePiece model"),
-        (lambda f: (f / "en.json").write_text('{"documents": 15'), "en.json: not what data.py writes of a language"),
+        (lambda f: (f / "en.json").write_text('{"documents": 15'), "en.json: not a description of a language"),
         (lambda f: (f / "config.json").write_text('{"d_model": 32}'), "config.json: not what data.py writes"),
         (lambda f: (f / "list.json").write_text("[]"), "list.json: not what data.py writes"),
         (
@@ -192,12 +192,12 @@ def test_a_token_over_the_vocabulary_is_refused(data_dir, tmp_path):
     for path in (tmp_path / "copy").glob("*.train.000.bin"):
         raw = path.read_bytes()
         path.write_bytes(raw[: data.HEADER] + b"\xff" * (len(raw) - data.HEADER))
-    with pytest.raises(cli.OneProcessError, match="a shard holds token 65535, over the vocabulary; remove .*copy/"):
+    with pytest.raises(cli.OneProcessError, match="a shard holds token 65535, outside the vocabulary; remove .*copy/"):
         TokenData(tmp_path / "copy", 16).row(0)
 
 
 def test_too_little_for_a_row_is_refused(data_dir):
-    with pytest.raises(InputError, match=r"'de' has \d+ tokens to train on, a row takes 100000"):
+    with pytest.raises(InputError, match=r"'de' has \d+ tokens to train on, but a row needs 100000"):
         TokenData(data_dir, 100_000)
     held_out = len(TokenData(data_dir, 16).valid["en"])
     assert TokenData(data_dir, held_out).n_valid_rows("en") == 1
@@ -283,7 +283,7 @@ def test_a_language_is_added_and_the_others_are_kept(text_dir, data_dir, tmp_pat
     assert prepare(some(text_dir, tmp_path / "one", "en"), out, 0, model, 0.2).keys() == {"en"}
     before = (out / "en.train.000.bin").stat()
     assert prepare(text_dir, out, 0, out / "tokenizer.model", 0.2).keys() == {"de", "en", "hi"}
-    assert capsys.readouterr().out == "en: encoded already, with --seed 0 --valid-fraction 0.2\n"
+    assert capsys.readouterr().out == "en: already encoded, with --seed 0 --valid-fraction 0.2\n"
     assert (out / "en.train.000.bin").stat() == before
     assert_same_data(out, data_dir)
 
@@ -322,7 +322,7 @@ def test_a_language_from_other_files_is_refused(text_dir, data_dir, tmp_path):
     prepare(text, tmp_path / "out", *flags)
     (text / "en").mkdir()
     (text / "en" / "more.txt").write_text("a river\n")
-    with pytest.raises(InputError, match=r"'en' is made from other files \(en/more\.txt is .*; remove .*out/en\.\* to"):
+    with pytest.raises(InputError, match=r"'en' was made from other files \(en/more\.txt is .*; remove .*out/en\.\*"):
         prepare(text, tmp_path / "out", *flags)
     shutil.rmtree(text / "en")
     (text / "en.txt").write_bytes((text / "en.txt").read_bytes() + b"\na river\n")
@@ -393,7 +393,7 @@ def test_another_tokenizer_than_the_folders_is_refused(text_dir, data_dir, tmp_p
         (["text", "full/precious/out"], "full/precious/out: not a directory; "),
         (["text", "out", "--tokenizer", "nowhere"], "nowhere: cannot be read (No such file"),
         (["text", "out", "--vocab-size", "lots"], "--vocab-size"),
-        (["twice", "out"], "twice/en.txt and en.txt.gz: one file, packed and not; remove either"),
+        (["twice", "out"], "twice/en.txt and en.txt.gz: the same file, packed and unpacked; remove one"),
         (["text", "out", "--vocab-size", "900000"], "--vocab-size 900000 does not fit this text"),
     ],
 )

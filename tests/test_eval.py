@@ -161,7 +161,7 @@ def test_without_a_task_it_shows_losses_and_samples(command, checkpoints, capsys
         (["enc.pt", "nowhere.pt", "--task", "cost"], "nowhere.pt: no such file"),
         (["enc.pt", "--task", "fusion"], "of kind 'encoder', not seq2seq"),
         (["seq2seq.pt", "--task", "fusion"], "seq2seq.pt: trained without --fusion"),
-        (["enc.pt", "--task", "fill", "<mask> " * 40], "the model 32 positions; shorten it"),
+        (["enc.pt", "--task", "fill", "<mask> " * 40], "but the model only 32 positions; shorten it"),
         (["enc.pt", "--langs", "xx"], "--langs xx: not in the data, which has de en hi"),
         (["enc.pt", "--data", "nowhere"], "nowhere: no such folder"),
         (["seq2seq.pt", "--beams", "0"], "--beams 0"),

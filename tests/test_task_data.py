@@ -158,7 +158,7 @@ def test_a_file_packed_and_not(tmp_path):
         ("nli", "a.tsv", "a\tb\t\n", "a.tsv: nothing in it"),
         ("nli", "a.tsv", "premise\thypothesis\tlabel\na\tb\tneutral\tc\n", "a.tsv:2: 4 columns, not 3"),
         ("nli", "a.jsonl", '{"premise": "a"}\n', "a.jsonl:1: not all of premise or sentence1"),
-        ("nli", "a.jsonl", "[1]\n", "a.jsonl:1: not a JSON object; write one a line"),
+        ("nli", "a.jsonl", "[1]\n", "a.jsonl:1: not a JSON object; write one per line"),
         ("nli", "a.jsonl", '{"a": \n', "a.jsonl:1: not a JSON object"),
         ("parse", "a.tsv", "a\t[IN:A b ]\nb\t[IN:A b\n", "a.tsv:2: the brackets of the tree do not match"),
         ("parse", "a.tsv", "a\t[IN:A b ]\nb\tb ]\n", "a.tsv:2: the brackets"),
@@ -244,7 +244,7 @@ def test_sentences_with_a_word_without_tag(tmp_path, capsys):
     [
         ("I-A I-A O I-A B-A", "B-A I-A O B-A B-A", "2 entities converted from IOB1 to BIO"),
         ("I-A I-B O", "B-A B-B O", "2 entities converted"),
-        ("B-A I-A O I-B", "B-A I-A O I-B", "1 entities that begin with I-, left so"),
+        ("B-A I-A O I-B", "B-A I-A O I-B", "1 entities that begin with I-, left unchanged"),
         ("B-A B-A I-A O", "B-A B-A I-A O", ""),
         ("O O", "O O", ""),
     ],

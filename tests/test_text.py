@@ -66,7 +66,7 @@ def test_what_is_found_is_printed(tmp_path, capsys):
     assert lines == [
         f"en              2           {size:7,}  A tram climbs the hill. It stops at the school. a sentence o",
         f"my corpus       1           {next((tmp_path / 'my corpus').iterdir()).stat().st_size:7}  one two",
-        "not like the code of a language (hi, zh-Hans, als_Latn), rename it: my corpus",
+        "not a language code (such as hi, zh-Hans, als_Latn), rename: my corpus",
         f"{tmp_path}/en/0000.pdf and 1,199 more: not read (not a format that data.py reads)",
         f"{tmp_path}/en/b.txt: few blank lines, cut into documents of 64 kB",
         rf"{tmp_path}/my corpus/x_clean_0000.jsonl.gz: MADLAD-400, \n read as the end of a line",

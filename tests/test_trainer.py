@@ -388,7 +388,7 @@ def test_held_out_loss_is_the_mean_over_targets(data_dir):
         (train_encoder, ["--encoder-layers", 0], "--encoder-layers is 0"),
         (train_encoder, ["--mask-prob", 0], "--mask-prob is 0.0"),
         (train_encoder, ["--seq-len", 3], "masks nothing"),
-        (train_encoder, ["--seq-len", 20_000], "tokens to train on, a row takes 20000"),
+        (train_encoder, ["--seq-len", 20_000], "tokens to train on, but a row needs 20000"),
         (train_encoder, ["--max-len", 16], "--seq-len 64: the model has 16 positions"),
         (train_encoder, ["--out", "no/where.pt"], "no: no such folder"),
         (train_encoder, ["--out", "enc.run"], "--out enc.run: name it something.pt"),
@@ -446,7 +446,7 @@ def test_settings_that_no_row_can_meet_are_refused_before_training(command, data
 
 def test_too_little_held_out_is_refused_before_training(command, data_dir, tmp_path):
     longest = min(len(tokens) for tokens in TokenData(data_dir, 16).valid.values())
-    with pytest.raises(InputError, match=f"tokens held out, a row takes {longest + 1}: .*--valid-fraction"):
+    with pytest.raises(InputError, match=f"tokens held out, but a row needs {longest + 1}: .*--valid-fraction"):
         command(train_encoder, "--data", data_dir, *SMALL, "--seq-len", longest + 1)
     assert not (tmp_path / "enc.pt").exists()
 
@@ -545,7 +545,8 @@ def test_the_same_command_starts_continues_and_extends_a_run(command, data_dir, 
             patch.setattr(trainer.Log, "step", stop)
             command(train_seq2seq, *flags, "--steps", steps, "--out", "parts.pt")
     printed = capsys.readouterr().out
-    assert "parts.run: nothing to resume, a new run starts" in printed and "parts.pt: 6 steps become 10" in printed
+    assert "parts.run: nothing to resume; starting a new run" in printed
+    assert "parts.pt: extended from 6 to 10 steps" in printed
     assert printed.count("parts.pt: stopped after") == 2
     assert same(weights(tmp_path / "parts.pt"), weights(tmp_path / "whole.pt"))
     history = load_checkpoint(tmp_path / "parts.pt")["history"]
