@@ -26,7 +26,14 @@ demo) HOW="--seeds 2" ;;
 mini) HOW="--seeds 3 --lr 1e-3 --n-train 2000" ;;
 gpu | paper) HOW="--seeds 3 --lr 1e-5 3e-5 1e-4" ;;
 esac
-LANGS=$(cd "${DATA:-$CODE/sample/text}" && ls | sed -nE 's/^([^.]+)\.(train.*bin|txt)$/\1/p' | sort -u)
+LANGS=$(cd "${DATA:-$CODE/sample/text}" && ls | sed -nE 's/^([^.]+)\.(train.*bin|txt)$/\1/p')
+declare -A TESTED # task -> the languages of the data folder that have a test set of it, as eval.py finds them
+for task in pos ner slots nli parse summ; do
+  TESTED[$task]=$(cd "$CODE" && python -c "import contextlib, pathlib, sys, task_data
+with contextlib.redirect_stdout(None):
+    sets = task_data.find_splits(sys.argv[1], pathlib.Path(sys.argv[2]), sys.argv[3])['test']
+print(*sorted(sets.keys() & sys.argv[4:]))" $task "$TASKS/${task/pos/udpos}" $TRAIN_LANG $LANGS)
+done
 
 job() { # NAME COST COMMAND...: runs what is not done yet, or adds it to what is left
   local name=$1 cost=$2 began=$SECONDS
@@ -59,17 +66,12 @@ second() { # NAME FLAGS...: a second stage that is not a row of the paper
   python "$CODE/eval.py" "$name.pt" --task loss --out results.jsonl
 }
 
-tested() { # TASK: the languages of the data folder that have a test set for it
-  local lang
-  for lang in $LANGS; do ! ls "$TASKS/${1/pos/udpos}/$lang/"test.* > /dev/null 2>&1 || echo $lang; done
-}
-
 score() { # TASK CHECKPOINT: the scores go to results.jsonl when all are there
-  local langs=$(tested $1) cut=
+  local cut=
   case $1 in parse | summ) cut=--cut ;; esac # eval.py says how many targets are longer than the rows of this scale
   rm -f part.jsonl
-  python "$CODE/eval.py" "$2" --task $1 --data "$TASKS/${1/pos/udpos}" --train-lang $TRAIN_LANG --langs $langs $HOW \
-    $cut --out part.jsonl
+  python "$CODE/eval.py" "$2" --task $1 --data "$TASKS/${1/pos/udpos}" --train-lang $TRAIN_LANG --langs ${TESTED[$1]} \
+    $HOW $cut --out part.jsonl
   cat part.jsonl >> results.jsonl
 }
 
@@ -80,7 +82,7 @@ scores() { # encoder|seq2seq CHECKPOINT...: the tasks of this kind that there is
   for checkpoint in "$@"; do
     for task in $tasks; do
       name=${checkpoint#../}
-      [ -z "$(tested $task)" ] || job $task.${name/\//.} 5 score $task $checkpoint.pt
+      [ -z "${TESTED[$task]}" ] || job $task.${name/\//.} 5 score $task $checkpoint.pt
     done
   done
 }

@@ -34,7 +34,7 @@ from hf_names import tensor_names
 from hf_tokenizer import hf_tokenizer, save_tokenizer
 from model import IGNORE
 from objectives import SpecialIds
-from tokenizer import adopt_tokenizer, load_tokenizer
+from tokenizer import adopt_tokenizer, load_tokenizer, sentencepiece_messages
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +252,15 @@ def test_the_fast_tokenizer_gives_the_ids_of_others_tokenizers(name, tmp_path, c
         for line in MASKED:
             expected = evaluation.encode_sentence(ours, line)[0].tolist()
             assert fast(line)["input_ids"] == expected, line
+
+
+def test_text_that_spells_a_byte():
+    proto = sentencepiece_messages("x").ModelProto.FromString(foreign("nmt_nfkc"))
+    proto.pieces.add(piece="▁<", score=-1)  # as a model of Chinese had
+    model = adopt_tokenizer(proto.SerializeToString(), "x")
+    fast, ours = hf_tokenizer(model, 512), load_tokenizer(model, "x")
+    for line in ("<0x41>", "a <0x41><0xE2>", "<0x41"):
+        assert fast(line)["input_ids"] == [*ours.encode(line), 2], line
 
 
 def test_the_older_transformers_gives_the_same_ids(tmp_path):

@@ -1,4 +1,6 @@
 import ctypes
+import errno
+import fcntl
 import json
 import math
 import os
@@ -6,6 +8,7 @@ import re
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -677,6 +680,25 @@ def test_a_disk_too_full_for_the_log_is_one_line_that_names_it(data_dir, tmp_pat
     full = script("train_encoder.py", "--data", data_dir, *SMALL, *ROWS, "--steps", 2, preexec_fn=limited)
     assert full.returncode == 2 and len(full.stderr.splitlines()) == 1, full.stderr
     assert "enc.run/metrics.jsonl: cannot be written" in full.stderr and "--resume" in full.stderr
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_that_cannot_lock_nor_flush_a_folder(command, data_dir, tmp_path, monkeypatch, capsys, code):
+    """As those of clusters may be: the run goes on, and says once that nothing keeps others out."""
+
+    def flock(*_):
+        raise OSError(code, os.strerror(code))
+
+    def fsync(descriptor, real=os.fsync):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(descriptor)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(os, "fsync", fsync)
+    command(train_encoder, "--data", data_dir, *SMALL, *ROWS, "--steps", 2, "--save-every", 1)
+    said = f"enc.run: cannot be locked ({os.strerror(code)}); make sure that no other run writes there"
+    assert capsys.readouterr().out.count(said) == 1 and load_checkpoint(tmp_path / "enc.pt")
 
 
 def test_a_result_whose_run_is_gone_is_not_made_again(command, data_dir, encoder, tmp_path, capsys):
