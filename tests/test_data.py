@@ -168,8 +168,8 @@ def changed(path, offset):
         (lambda f: (f / "tokenizer.model").unlink(), r"no tokenizer.model in it; `python data.py .*copy DATA` makes"),
         (lambda f: (f / "tokenizer.model").write_bytes(b"x"), "not a SentencePiece model"),
         (lambda f: (f / "en.json").write_text('{"documents": 15'), "en.json: not a description of a language"),
-        (lambda f: (f / "config.json").write_text('{"d_model": 32}'), "config.json: not what data.py writes"),
-        (lambda f: (f / "list.json").write_text("[]"), "list.json: not what data.py writes"),
+        (lambda f: (f / "config.json").write_text('{"d_model": 32}'), "config.json: not a description of a language"),
+        (lambda f: (f / "list.json").write_text("[]"), "list.json: not a description of a language"),
         (
             lambda f: (f / "en.train.000.bin").unlink(),
             r"en\.train\.000\.bin: 0 bytes, not the .* remove .*en\.\* and run",
@@ -312,7 +312,7 @@ def test_a_killed_run_is_continued_by_the_same_command(text_dir, data_dir, scrip
     with pytest.raises(InputError, match="out: not finished: en, hi; run data.py again with .*out/tokenizer.model"):
         TokenData(tmp_path / "out", 16)
     done = script("data.py", *flags)
-    assert done.returncode == 0 and "\nde: encoded already" in done.stdout
+    assert done.returncode == 0 and "\nde: already encoded" in done.stdout
     assert script("data.py", "text", "whole", *flags[2:]).returncode == 0
     assert_same_data(tmp_path / "out", tmp_path / "whole")
 
@@ -338,7 +338,7 @@ def test_another_runs_unfinished_language_is_told_of(text_dir, data_dir, tmp_pat
     prepare(some(text_dir, tmp_path / "a", "de"), out, 0, model, 0.2)
     (out / "hi.json").touch()
     assert prepare(some(text_dir, tmp_path / "b", "en"), out, 0, model, 0.2).keys() == {"de", "en"}
-    assert capsys.readouterr().out.startswith(f"{out}: not finished: hi; another run of data.py")
+    assert capsys.readouterr().out.startswith(f"{out}: not finished: hi; another data.py")
 
 
 def test_a_language_with_nothing_held_out_is_refused_and_the_others_are_encoded(text_dir, data_dir, tmp_path):

@@ -703,7 +703,7 @@ def test_a_file_system_that_cannot_lock_nor_flush_a_folder(command, data_dir, tm
 
 def test_a_result_whose_run_is_gone_is_not_made_again(command, data_dir, encoder, tmp_path, capsys):
     shutil.rmtree(tmp_path / "enc.run")
-    with pytest.raises(InputError, match=r"enc\.pt: exists, but no checkpoint of its run .* another --out"):
+    with pytest.raises(InputError, match=r"enc\.pt: exists, but its run has no checkpoint .* another --out"):
         command(train_encoder, "--data", data_dir, "--resume", "--out", "enc.pt")
     assert encoder.exists() and "a new run starts" not in capsys.readouterr().out
 
