@@ -1,5 +1,8 @@
-"""What a GPU will meet, as far as a CPU can show it: when Python waits for a result."""
+"""What a GPU will meet, as far as a CPU can show it: when Python waits for a result, and benchmarks/gpu.py in small."""
 
+import json
+
+import pytest
 import torch
 from conftest import ROWS, SMALL
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,3 +47,21 @@ def test_python_waits_for_a_gpu_once_an_update(command, data_dir, monkeypatch):
         stage2 = ["--init", f"enc{micro}.pt", "--unfreeze-at", 0.5, "--fusion", "--noise", "sentinel"]
         command(train_seq2seq, *flags, *stage2, "--optimizer", "adamw", "--out", f"seq2seq{micro}.pt")
     assert counts == 8 * [["tolist"]]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_without_a_gpu_the_benchmark_says_so(script):
+    done = script("benchmarks/gpu.py")
+    expected = "gpu.py: no GPU was found; --smoke runs the same code at a tiny shape on a CPU\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", expected)
+
+
+@pytest.mark.slow
+def test_the_benchmark_in_small(script, tmp_path):
+    """What is measured is not measured again."""
+    parts = ["benchmarks/gpu.py", "--smoke", "--out", tmp_path, "projection", "speed-small"]
+    done, again = script(*parts), script(*parts)
+    assert done.returncode == 0 and done.stdout.count("\n") == 7 and "failed" not in done.stdout, done.stdout
+    assert (again.returncode, again.stdout) == (0, ""), again.stderr
+    (row, _) = [json.loads(line) for line in (tmp_path / "speed-small.jsonl").read_text().splitlines()]
+    assert row["tokens/s"] > 0 and "aten::" in (tmp_path / "speed-small-small-mlm-eager.txt").read_text()
