@@ -2,12 +2,13 @@
 # make test      the packages of the tests, then the quick tests, two at a time
 # make test-all  every test, in two versions of transformers, and 40 kills of training runs
 # make bench     speed and memory beside transformers and nn.Transformer (70 minutes)
+# make gpu       what a GPU makes of it: equality, speed, profiles (benchmarks/README.md)
 # make soak      200 kills of training runs at random moments, each resumed (about 10 minutes)
 
 PYTHON ?= python3
 BIN := $(CURDIR)/.venv/bin
 
-.PHONY: demo test test-all bench soak clean
+.PHONY: demo test test-all bench gpu soak clean
 
 .venv/four: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -40,6 +41,9 @@ test-all: test .venv-old/ready
 bench: .venv/ready
 	$(BIN)/python benchmarks/throughput.py
 	$(BIN)/python benchmarks/scaling.py
+
+gpu: .venv/ready
+	$(BIN)/python benchmarks/gpu.py
 
 soak: .venv/ready
 	$(BIN)/python tests/soak.py --kills 200

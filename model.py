@@ -395,13 +395,17 @@ class MaskedLM(nn.Module):
         """Scores of every piece at each position, for a look at the model. Training never holds them."""
         return F.linear(self.head(self.encode(src, src_mask)), self.embed.weight, self.head_bias)
 
-    def forward(self, src: Tensor, labels: Tensor, src_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, src: Tensor, labels: Tensor, src_mask: Tensor | None = None, labelled: Tensor | None = None
+    ) -> Tensor:
         """Sum of the losses in nats over the labelled positions of src [B, S]; labels [B, S] are IGNORE elsewhere.
 
-        The last feed-forward layer, the head and the projection run on the labelled positions only.
+        The last feed-forward layer, the head and the projection run on the labelled positions only. Whoever knows them
+        gives them, [N] of the flattened batch: to count them here, Python would wait for a GPU.
         """
         labels = labels.flatten()  # [B * S]
-        labelled = (labels != IGNORE).nonzero().squeeze(1)  # [N]
+        if labelled is None:
+            labelled = (labels != IGNORE).nonzero().squeeze(1)
         hidden = self.head(self.encoder(self.embed(src), src_mask, selected=labelled))  # [N, D]
         return projection_loss(hidden, self.embed.weight, self.head_bias, labels[labelled])
 

@@ -183,7 +183,8 @@ def _like(x: Tensor, p: Tensor) -> Tensor:
 def collate(examples: list[Example], pad: int) -> dict[str, Tensor]:
     """Stacks examples into tensors [B, longest] on the device, padded at the end: targets with IGNORE, tokens with pad.
 
-    A src_mask is added only where a source was padded: attention is faster without one.
+    A src_mask is added only where a source was padded: attention is faster without one. To labels the positions [N]
+    that have one are added.
     """
     batch = {}
     for name in examples[0]:
@@ -193,6 +194,8 @@ def collate(examples: list[Example], pad: int) -> dict[str, Tensor]:
         for row, values in zip(stacked, rows):
             row[: len(values)] = values
         batch[name] = torch.from_numpy(stacked)
+        if name == "labels":
+            batch["labelled"] = torch.from_numpy(np.flatnonzero(stacked != IGNORE))
         if name == "src" and min(len(row) for row in rows) < longest:
             lengths = torch.tensor([len(row) for row in rows])
             batch["src_mask"] = torch.arange(longest) < lengths[:, None]  # [B, S]
@@ -257,14 +260,14 @@ def held_out_loss(
     for language in languages:
         examples = valid_examples(data, language, objective, at_most)
         n = dist.get_world_size() if dist.is_initialized() else 1  # eval.py is one process even under torchrun
-        share, loss = examples[rank() :: n], 0.0
+        share, loss = examples[rank() :: n], torch.zeros((), dtype=torch.float64, device=device())
         for first in range(0, -(-len(examples) // n), 32):
             # Under FSDP every process must take part in every pass: one without rows repeats a row, uncounted.
             batch = collate(share[first : first + 32] or examples[:1], data.ids.pad)
             with autocast(dtype):
-                part = model(**batch).item()
+                part = model(**batch)
             loss += part if share[first : first + 32] else 0.0
-        sums += [loss, n_targets(share)]
+        sums += [loss.item(), n_targets(share)]
     if isinstance(model, FSDPModule):
         model.reshard()  # parameters left gathered would not notice freezing or thawing
     sums = _sum_over_ranks(sums)
@@ -407,10 +410,9 @@ class Training:
                 (part * (world() / all_targets)).backward()  # DDP and FSDP average over processes: undo that
             loss += part.detach()
         norm = nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)
-        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        loss_sum, flops, thawed_flops, stops = _sum_over_ranks(
-            [loss.item(), flops, thawed_flops, float(self.told_to_stop())]
-        )
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        loss, norm = torch.stack([loss, norm]).tolist()  # one process waits for its GPU here and nowhere else
+        loss_sum, flops, thawed_flops, stops = _sum_over_ranks([loss, flops, thawed_flops, float(self.told_to_stop())])
         self.spent["flops"] += flops
         self.spent["thawed_flops"] += thawed_flops
         for optimizer in self.optimizers:
@@ -424,7 +426,8 @@ class Training:
     def validate(self) -> None:
         """Computes and logs the held-out loss of every language, on 64 rows of each."""
         run = self.run
-        losses = held_out_loss(self.model, run.data, run.data.languages, self.objective, run.train.dtype, at_most=64)
+        with torch.compiler.set_stance("force_eager"):  # layers compiled for its numbers of rows would train, too
+            losses = held_out_loss(self.model, run.data, run.data.languages, self.objective, run.train.dtype, 64)
         self.log.losses(self.spent["steps"], losses)
 
     def checkpoint(self) -> dict:

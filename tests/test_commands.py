@@ -102,7 +102,8 @@ def test_mistakes_end_with_status_2_and_no_traceback(checkout, line, complaint):
 def test_too_little_memory_is_one_line(ask, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.run_command(lambda: ask(1 << 58))
-    assert re.fullmatch(r"[^\n]*: out of memory \([^\n]*\); use smaller micro-batches [^\n]*\n", capsys.readouterr().err)
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"[^\n]*: out of memory \([^\n]*\); use smaller micro-batches [^\n]*\n", said)
 
 
 def test_other_faults_of_memory_keep_their_traceback():
