@@ -32,7 +32,7 @@ from data import HERE, TokenData
 from generate import generate
 from objectives import VALID_NOISE, SpecialIds, sample_rng
 from tokenizer import load_tokenizer
-from train_encoder import MLMConfig, encoder_objective
+from train_encoder import SCORED, MLMConfig, encoder_objective
 from train_seq2seq import DenoiseConfig, seq2seq_objective
 
 OBJECTIVES = {"encoder": (MLMConfig, encoder_objective), "seq2seq": (DenoiseConfig, seq2seq_objective)}
@@ -144,7 +144,7 @@ def open_subject(args: argparse.Namespace, *kinds: str) -> Subject:
         if language not in data.languages:
             raise InputError(f"--langs {language}: not in the data, which has {' '.join(data.languages)}")
     config, make = OBJECTIVES[checkpoint["kind"]]
-    same = {"clm_fraction": 0.0, "mask_prob": MLMConfig.mask_prob}  # so that losses of two models can be compared
+    same = {"clm_fraction": 0.0, "mask_prob": SCORED.mask_prob}  # so that losses of two models can be compared
     objective = make(data.ids, build(config, settings | same))
     return Subject(model, checkpoint, settings, data, args.langs or data.languages, objective)
 

@@ -277,9 +277,16 @@ def held_out_loss(
 # The loop ----------------------------------------------------------------------------------------------------------
 
 
-def fit(run: Run, model: nn.Module, objective: Objective, frozen: Callable[[int], bool] = lambda step: False) -> None:
+def fit(
+    run: Run,
+    model: nn.Module,
+    objective: Objective,
+    frozen: Callable[[int], bool] = lambda step: False,
+    scored: Objective | None = None,
+) -> None:
     """Trains the model by the run's settings and writes its checkpoint; `frozen(step)` freezes the encoder.
 
+    Held-out losses are those of the objective, or of `scored`.
     SIGTERM, SIGUSR1 and the end of torchrun end it after the next whole update, with a checkpoint to resume from.
     Raises InputError when the run cannot go on: another run writes there, the loss is no longer a number, another
     process is gone.
@@ -296,7 +303,7 @@ def fit(run: Run, model: nn.Module, objective: Objective, frozen: Callable[[int]
 
     try:
         with Log(run) as log:
-            Training(run, model, objective, frozen, log, told_to_stop).loop()
+            Training(run, model, objective, frozen, scored or objective, log, told_to_stop).loop()
     except OneProcessError as error:  # torch puts its own report before the message of a row worker
         raise OneProcessError(str(error).strip().rsplit("OneProcessError: ", 1)[-1]) from None
     except RuntimeError as error:
@@ -320,11 +327,12 @@ class Training:
         model: nn.Module,
         objective: Objective,
         frozen: Callable[[int], bool],
+        scored: Objective,
         log: Log,
         told_to_stop: Callable[[], bool],
     ):
         self.run, self.model, self.objective, self.frozen = run, model, objective, frozen
-        self.log, self.told_to_stop = log, told_to_stop
+        self.scored, self.log, self.told_to_stop = scored, log, told_to_stop
         cfg = run.train
         model.to(device())
         if cfg.compile:
@@ -427,7 +435,7 @@ class Training:
         """Computes and logs the held-out loss of every language, on 64 rows of each."""
         run = self.run
         with torch.compiler.set_stance("force_eager"):  # layers compiled for its numbers of rows would train, too
-            losses = held_out_loss(self.model, run.data, run.data.languages, self.objective, run.train.dtype, 64)
+            losses = held_out_loss(self.model, run.data, run.data.languages, self.scored, run.train.dtype, 64)
         self.log.losses(self.spent["steps"], losses)
 
     def checkpoint(self) -> dict:

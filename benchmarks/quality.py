@@ -31,7 +31,7 @@ from data import TokenData  # noqa: E402
 from log import read_metrics  # noqa: E402
 from model import PRESETS  # noqa: E402
 from objectives import NOISE, SpecialIds, sample_rng  # noqa: E402
-from train_encoder import MLMConfig, encoder_objective  # noqa: E402
+from train_encoder import SCORED, MLMConfig, encoder_objective  # noqa: E402
 from train_seq2seq import DenoiseConfig, seq2seq_objective  # noqa: E402
 
 
@@ -114,7 +114,7 @@ def train_peer(peer: Peer, rate: float, data: TokenData, args: argparse.Namespac
     optimizer = torch.optim.AdamW(groups, rate, peer.betas, eps=1e-6, fused=True)
     steps, rise, done = args.steps, max(1, args.steps // 50), 0
     objective = objective_of(peer.task, data.ids, peer.mask_prob)
-    scored = objective_of(peer.task, data.ids, MLMConfig.mask_prob)
+    scored = objective_of(peer.task, data.ids, SCORED.mask_prob)
     saved, log = folder / "saved.pt", folder / "metrics.jsonl"
     if saved.exists():
         state = torch.load(saved)

@@ -40,7 +40,7 @@ from generate import generate  # noqa: E402
 from hf import hf_model  # noqa: E402
 from model import PRESETS, MaskedLM, ModelConfig, Seq2Seq  # noqa: E402
 from objectives import SpecialIds, mask_tokens, noise_row, sample_rng  # noqa: E402
-from train_encoder import MLMConfig, encoder_objective  # noqa: E402
+from train_encoder import SCORED, encoder_objective  # noqa: E402
 from train_seq2seq import DenoiseConfig, seq2seq_objective  # noqa: E402
 
 # Contenders ---------------------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def model_config(o: dict) -> ModelConfig:
 
 
 def objective_of(task: str, ids: SpecialIds) -> trainer.Objective:
-    return encoder_objective(ids, MLMConfig()) if task == "mlm" else seq2seq_objective(ids, DenoiseConfig())
+    return encoder_objective(ids, SCORED) if task == "mlm" else seq2seq_objective(ids, DenoiseConfig())
 
 
 def batch_of(o: dict) -> tuple[dict[str, Tensor], int]:
@@ -416,7 +416,7 @@ def stream(rounds: int) -> None:
         for turn in range(rounds + 1):
             for size in (10**7, 10**8, 10**9, 10**10):
                 rows = TokenData(Path(name) / str(size) / "D", 128)
-                objective = encoder_objective(rows.ids, MLMConfig())
+                objective = encoder_objective(rows.ids, SCORED)
                 began = time.perf_counter()
                 for i in range(turn * 6400, (turn + 1) * 6400):
                     objective(rows.row(i), sample_rng(0, 0, i))

@@ -88,7 +88,7 @@ scores() { # encoder|seq2seq CHECKPOINT...: the tasks of this kind that there is
 }
 
 random() { # the encoder before its first update: the least that any other must beat
-  $TORCHRUN "$CODE/train_encoder.py" "${SHAPE[@]}" --steps 0 --out random.pt --resume
+  $TORCHRUN "$CODE/train_encoder.py" "${SHAPE[@]}" "${MLM[@]}" --steps 0 --out random.pt --resume
 }
 
 jobs() { # a cost of 1 is about 100 MLM updates of `tiny` on a CPU

@@ -11,6 +11,7 @@ set -eu
 unset CDPATH # with it, cd prints where it went
 
 # Updates from scratch, in the second stage (0.7 of them) and in the MLM continuation (1/5 of them).
+MLM=() # flags of train_encoder.py only
 case ${SCALE:=demo} in
 demo)
   SHAPE=(--preset micro --batch-size 32 --seq-len 64)
@@ -23,7 +24,7 @@ gpu) # 100M tokens a model from scratch; at 2.5e14 FLOPs a second under 9 minute
   STEPS=3000 SECOND=2100 MORE=600 ;;
 paper) # 1M tokens a batch, and only AdamW, one rate for all
   SHAPE=(--preset paper --batch-size 2048 --micro-batch-size 32 --seq-len 512 --save-every 2000 --eval-every 10000)
-  SHAPE+=(--optimizer adamw --lr 5e-4 --embed-lr 5e-4)
+  SHAPE+=(--optimizer adamw --lr 5e-4 --embed-lr 5e-4) MLM=(--mask-prob 0.15)
   STEPS=500000 SECOND=350000 MORE=100000 ;;
 *) echo "SCALE=$SCALE: it must be demo, mini, gpu or paper" >&2 && exit 2 ;;
 esac

@@ -14,6 +14,7 @@ import trainer
 from checkpoint import load_checkpoint, load_model
 from cli import InputError
 from data import TokenData, prepare
+from log import read_metrics
 
 
 @pytest.mark.parametrize(
@@ -64,7 +65,7 @@ def test_losses_of_both_kinds(command, checkpoints, data_dir, capsys):
     assert results[1]["loss"] == trainer.held_out_loss(model, data, ["en"], objective, "fp32")["en"]
 
 
-@pytest.mark.parametrize("name, change", [("enc.pt", {"mask_prob": 0.4}), ("seq2seq.pt", {"clm_fraction": 0.5})])
+@pytest.mark.parametrize("name, change", [("enc.pt", {"mask_prob": 0.3}), ("seq2seq.pt", {"clm_fraction": 0.5})])
 def test_losses_compare_whatever_a_model_was_trained_with(command, checkpoints, name, change):
     checkpoint = load_checkpoint(checkpoints / name)
     checkpoint["history"][-1]["settings"] |= change
@@ -79,7 +80,7 @@ def test_losses_are_of_rows_as_long_as_those_trained_on(command, data_dir, tmp_p
     """Positions beyond --seq-len have learned nothing. The second time as one of two processes that torchrun starts."""
     command(train_encoder, "--data", data_dir, *SMALL, *ROWS, "--max-len", 64, "--steps", 2)
     data = TokenData(data_dir, 32)
-    objective = train_encoder.encoder_objective(data.ids, train_encoder.MLMConfig())
+    objective = train_encoder.encoder_objective(data.ids, train_encoder.SCORED)
     expected = trainer.held_out_loss(load_model(tmp_path / "enc.pt")[0], data, data.languages, objective, "fp32")
     for world in ("1", "2"):
         with pytest.MonkeyPatch.context() as patch:
@@ -87,6 +88,9 @@ def test_losses_are_of_rows_as_long_as_those_trained_on(command, data_dir, tmp_p
             command(evaluation, "enc.pt", "--task", "loss", "--out", f"{world}.jsonl")
         for result in map(json.loads, (tmp_path / f"{world}.jsonl").read_text().splitlines()):
             assert result["loss"] == pytest.approx(expected[result["language"]], rel=1e-5)
+    logged = read_metrics(tmp_path / "enc.run" / "metrics.jsonl")[-1]["held_out"]  # whatever it was trained with
+    few = trainer.held_out_loss(load_model(tmp_path / "enc.pt")[0], data, data.languages, objective, "fp32", 64)
+    assert logged == pytest.approx(few, rel=1e-5)
 
 
 def test_an_extracted_encoder_keeps_its_settings(command, data_dir, tmp_path):

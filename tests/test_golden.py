@@ -21,14 +21,15 @@ GOLDEN = ROOT / "tests" / "golden.json"
 SHAPE = "--d-model 32 --n-heads 2 --d-ff 64 --encoder-layers 2 --dropout 0.1"
 ROWS = "--batch-size 8 --seq-len 32 --dtype fp32 --log-every 1 --eval-every 3 --save-every 3"
 RUNS = {  # name of the checkpoint -> script and flags, or the number of the processes before them
-    "enc": f"train_encoder.py {SHAPE} --steps 6",
-    "adamw": f"train_encoder.py {SHAPE} --steps 6 --optimizer adamw --positions learned --micro-batch-size 3",
+    "enc": f"train_encoder.py {SHAPE} --steps 6 --mask-prob 0.15",
+    "adamw": f"train_encoder.py {SHAPE} --steps 6 --mask-prob 0.15 --optimizer adamw --positions learned "
+    "--micro-batch-size 3",
     "scratch": f"train_seq2seq.py {SHAPE} --decoder-layers 1 --steps 6 --clm-fraction 0.2",
     "masks": f"train_seq2seq.py {SHAPE} --decoder-layers 1 --steps 3 --noise mask",
     "thaw": "train_seq2seq.py --init enc.pt --unfreeze-at 0.5 --steps 6 --fusion --noise sentinel",
     "init-decoder": "train_seq2seq.py --init enc.pt --unfreeze-at 0.5 --steps 6 --init-decoder",
     "extracted": "extract.py scratch.pt",
-    "continued": "train_encoder.py --init extracted.pt --steps 6",
+    "continued": "train_encoder.py --init extracted.pt --steps 6 --mask-prob 0.15",
     "ddp": "2 train_seq2seq.py --init enc.pt --unfreeze-at 0.5 --steps 6",
     "fsdp": "2 train_seq2seq.py --init enc.pt --unfreeze-at 0.5 --steps 6 --parallel fsdp",
 }
