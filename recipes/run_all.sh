@@ -59,7 +59,14 @@ row() { # ROW [SEED]: its recipe
   SEED=${2:-0} "$CODE/recipes/$1.sh" --resume
 }
 
-second() { # NAME FLAGS...: a second stage that is not a row of the paper
+first() { # NAME FLAGS...: an encoder that is not a row of the paper
+  local name=$1
+  shift
+  $TORCHRUN "$CODE/train_encoder.py" "${SHAPE[@]}" --steps $STEPS "$@" --out "$name.pt" --resume
+  python "$CODE/eval.py" "$name.pt" --task loss --out results.jsonl
+}
+
+second() { # NAME FLAGS...: the same for a seq2seq model
   local name=$1
   shift
   $TORCHRUN "$CODE/train_seq2seq.py" "${SHAPE[@]}" --steps $SECOND --noise drop "$@" --out "$name.pt" --resume
@@ -91,41 +98,54 @@ random() { # the encoder before its first update: the least that any other must 
   $TORCHRUN "$CODE/train_encoder.py" "${SHAPE[@]}" "${MLM[@]}" --steps 0 --out random.pt --resume
 }
 
-jobs() { # a cost of 1 is about 100 MLM updates of `tiny` on a CPU
-  job roberta-12e 20 row roberta-12e
-  job bart-12e12d 50 row bart-12e12d
-  job bart-12e12d+mlm 4 row bart-12e12d+mlm
-  job 2stage-bart-12e12d-unfrz 30 row 2stage-bart-12e12d-unfrz
-  job 2stage-bart-12e12d 25 row 2stage-bart-12e12d
+claim() { # [SEED]: the rows of the claim and their scores
+  local at=${1:+../$SCALE-seed$1/} seed=${1:+.seed$1}
+  job roberta-12e$seed 20 row roberta-12e ${1:-}
+  job bart-12e12d$seed 75 row bart-12e12d ${1:-}
+  job bart-12e12d+mlm$seed 4 row bart-12e12d+mlm ${1:-}
+  job 2stage-bart-12e12d-unfrz$seed 40 row 2stage-bart-12e12d-unfrz ${1:-}
+  job 2stage-bart-12e12d$seed 35 row 2stage-bart-12e12d ${1:-}
+  scores encoder ${at}roberta-12e ${at}bart-12e12d ${at}bart-12e12d+mlm
+  scores seq2seq ${at}bart-12e12d ${at}2stage-bart-12e12d-unfrz ${at}2stage-bart-12e12d
+}
+
+jobs() { # a cost of 1 is about 100 MLM updates on a CPU
+  local at name part how
+  claim
   job random 1 random
-  scores encoder random roberta-12e bart-12e12d bart-12e12d+mlm
-  scores seq2seq bart-12e12d 2stage-bart-12e12d-unfrz 2stage-bart-12e12d
-  for at in 0 0.25 0.75; do
-    job unfreeze-at-$at 30 second unfreeze-at-$at --init roberta-12e.pt --unfreeze-at $at
+  scores encoder random
+  claim 1
+  claim 2
+  for at in 0 0.25 0.57 0.75; do
+    job unfreeze-at-$at 40 second unfreeze-at-$at --init roberta-12e.pt --unfreeze-at $at
     scores seq2seq unfreeze-at-$at
   done
-  for seed in 1 2; do
-    job roberta-12e.seed$seed 20 row roberta-12e $seed
-    job bart-12e12d.seed$seed 50 row bart-12e12d $seed
-    job 2stage-bart-12e12d-unfrz.seed$seed 30 row 2stage-bart-12e12d-unfrz $seed
-    scores encoder ../$SCALE-seed$seed/roberta-12e ../$SCALE-seed$seed/bart-12e12d
-    scores seq2seq ../$SCALE-seed$seed/bart-12e12d ../$SCALE-seed$seed/2stage-bart-12e12d-unfrz
+  # A cheaper way to both models? Shorter second stages, beside both models from scratch that are as short.
+  # --steps comes last and wins.
+  for part in 2 4 8; do
+    job scratch-$part $((75 / part)) second scratch-$part --steps $((STEPS / part))
+    for how in "" init-decoder; do
+      name=stage2-$part${how:+-$how}
+      job $name $((60 / part)) \
+        second $name --init roberta-12e.pt --unfreeze-at 0.5 ${how:+--$how} --steps $((STEPS / part))
+      scores seq2seq $name
+    done
   done
+  # Masks of the paper, and the second stage around that encoder.
+  job masks-15 20 first masks-15 --mask-prob 0.15
+  job masks-15-unfrz 40 second masks-15-unfrz --init masks-15.pt --unfreeze-at 0.5
+  scores encoder masks-15
+  scores seq2seq masks-15-unfrz
   for name in bart-12e12d-mask bart-12e2d bart-12e2d-mask bart-12e1d-mask; do
-    job $name 40 row $name
+    job $name 60 row $name
     job $name+mlm 4 row $name+mlm
     scores encoder $name $name+mlm
     scores seq2seq $name
   done
-  job 2stage-bart-12e12d-attn-f 25 row 2stage-bart-12e12d-attn-f
-  scores seq2seq 2stage-bart-12e12d-attn-f
-  # Beyond the paper: a cheaper way to both models? --steps comes last and wins.
-  job init-decoder 30 second init-decoder --init roberta-12e.pt --unfreeze-at 0.5 --init-decoder
-  job half 22 second half --init roberta-12e.pt --unfreeze-at 0.5 --steps $((STEPS / 2))
-  job half-init-decoder 22 \
-    second half-init-decoder --init roberta-12e.pt --unfreeze-at 0.5 --init-decoder --steps $((STEPS / 2))
-  job fusion-unfrz 28 second fusion-unfrz --init roberta-12e.pt --unfreeze-at 0.75 --fusion
-  scores seq2seq init-decoder half half-init-decoder fusion-unfrz
+  job 2stage-bart-12e12d-attn-f 35 row 2stage-bart-12e12d-attn-f
+  job t5-12e12d 50 row t5-12e12d
+  job 2stage-t5-12e12d-unfrz 30 row 2stage-t5-12e12d-unfrz
+  scores seq2seq 2stage-bart-12e12d-attn-f t5-12e12d 2stage-t5-12e12d-unfrz
 }
 
 left=0 n_left=0

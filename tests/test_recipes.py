@@ -176,11 +176,8 @@ def test_run_all_goes_on_where_it_was_stopped(run_all, tmp_path):
     assert not commands and last == f"{len(names)} jobs left, none timed yet" and len(set(names)) == len(names)
     assert set(FROM_SCRATCH + MLM + TWO_STAGE) <= set(names)
     claim = ["roberta-12e", "bart-12e12d", "bart-12e12d+mlm", "2stage-bart-12e12d-unfrz", "2stage-bart-12e12d"]
-    assert names[:5] == claim and names[5:8] == [
-        "random",
-        "pos.random",
-        "slots.random",
-    ]  # ner: in no language of the data
+    assert names[:5] == claim and {"random", "pos.random", "slots.random"} < set(names)
+    assert not any(name.startswith("ner.") for name in names)  # in no language of the data
     assert "parse.mini-seed1.bart-12e12d" in names and "roberta-12e.seed2" in names
     assert {f"pos.{row}" for row in FROM_SCRATCH + MLM} <= set(names)
     assert {f"parse.{row}" for row in FROM_SCRATCH + TWO_STAGE} - {"parse.roberta-12e"} <= set(names)
@@ -208,7 +205,7 @@ def test_run_all_goes_on_where_it_was_stopped(run_all, tmp_path):
     made = {(line.split()[0], line.split("--out ")[1]) for line in trained}
     assert len(made) == len(names) - sum(of_tasks)
     assert len(trained) - len(made) <= interrupted  # a row that was stopped behind its training asks for it again
-    assert len({line for line in trained if "--seed 1 " in line and "mini-seed1 " in line}) == 3
+    assert len({line for line in trained if "--seed 1 " in line and "mini-seed1 " in line}) == 5
 
 
 @pytest.mark.parametrize(
