@@ -321,7 +321,7 @@ def test_one_run_at_a_time(command, data_dir, tmp_path):
     (tmp_path / "enc.run").mkdir()
     with open(tmp_path / "enc.run" / "lock", "w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="enc.run: another run writes there"):
+        with pytest.raises(InputError, match="enc.run: another run is writing there"):
             command(train_encoder, *flags)
     assert not (tmp_path / "enc.pt").exists()
     command(train_encoder, *flags)

@@ -134,7 +134,7 @@ def test_languages_without_a_test_set_are_named_unless_others_were_asked_for(tmp
 def test_a_file_packed_and_not(tmp_path):
     for name in ("test.tsv", "test.tsv.xz"):
         put(tmp_path / name, "")
-    with pytest.raises(InputError, match=r"test\.tsv and test\.tsv\.xz: one file, packed"):
+    with pytest.raises(InputError, match=r"test\.tsv and test\.tsv\.xz: the same file, packed"):
         read_files("nli", [tmp_path / "test.tsv", tmp_path / "test.tsv.xz"], "en")
 
 

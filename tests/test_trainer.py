@@ -390,7 +390,7 @@ def test_held_out_loss_is_the_mean_over_targets(data_dir):
         (train_encoder, ["--d-model", 0], "--d-model is 0"),
         (train_encoder, ["--encoder-layers", 0], "--encoder-layers is 0"),
         (train_encoder, ["--mask-prob", 0], "--mask-prob is 0.0"),
-        (train_encoder, ["--seq-len", 3], "masks nothing"),
+        (train_encoder, ["--seq-len", 3, "--mask-prob", 0.1], "masks nothing"),
         (train_encoder, ["--seq-len", 20_000], "tokens to train on, but a row needs 20000"),
         (train_encoder, ["--max-len", 16], "--seq-len 64: the model has 16 positions"),
         (train_encoder, ["--out", "no/where.pt"], "no: no such folder"),
