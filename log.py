@@ -20,7 +20,7 @@ def read_metrics(path: Path) -> list[dict]:
             raise ValueError
         return rows
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path}: not the log of a run; remove it; the checkpoints do not need it") from None
+        raise InputError(f"{path}: not the log of a run; remove it (the checkpoints do not need it)") from None
 
 
 class Log:
