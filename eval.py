@@ -237,7 +237,7 @@ def print_cost(args: argparse.Namespace) -> None:
         try:
             steps, both = scratch_flops(history)
         except KeyError as missing:
-            raise InputError(f"{path}: its history lacks {missing}; so its cost is unknown; train it again") from None
+            raise InputError(f"{path}: its history lacks {missing}, so its cost is unknown; train it again") from None
         if not both:
             print("  one model so far: nothing to compare\n")
             continue

@@ -59,7 +59,7 @@ def _fast(model: bytes, ours: spm.SentencePieceProcessor, rules: list[tuple[str,
     # The first Metaspace puts a space before a text that does not begin with one: if spaces are kept, before any text.
     spaces = [pre_tokenizers.Metaspace(" ", prepend_scheme="first", split=False)] if prefix else []
     spaces += [pre_tokenizers.Metaspace("▁", prepend_scheme="never", split=False)]
-    # <0x41> in a text is text. "isolated" would also part the < from a space before it, and "▁<" may be a piece.
+    # <0x41> in a text is text. "isolated" would also split the < from a space before it, and "▁<" may be a piece.
     bytes_as_text = pre_tokenizers.Split(Regex("<(?=0x[0-9A-F]{2}>)"), "merged_with_previous")
     pieces = [(ours.id_to_piece(i), ours.get_score(i)) for i in range(ours.vocab_size())]
     has_bytes = any(ours.is_byte(i) for i in range(ours.vocab_size()))

@@ -105,7 +105,7 @@ def by_seed(results: list[dict]) -> list[float]:
 def claims_table(results: list[dict]) -> str:
     """A line for each claim and measure: both models, and their difference in standard deviations over the seeds.
 
-    paper: the answers are yes, yes, yes, and that it matches.
+    paper: yes to all; the first question is ours.
     """
     rows = []
     for claim, row, other, kind in CLAIMS:
