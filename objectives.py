@@ -12,6 +12,8 @@ from functools import lru_cache
 from math import lgamma, log, sqrt
 
 import numpy as np
+from numpy import ndarray
+from numpy.random import Generator, Philox
 
 from cli import InputError, OneProcessError
 
@@ -39,18 +41,16 @@ class SpecialIds:
         return self.sentinel + self.n_sentinels
 
 
-def sample_rng(seed: int, stream: int, index: int) -> np.random.Generator:
+def sample_rng(seed: int, stream: int, index: int) -> Generator:
     """The random numbers of sample `index` of a stream; those of distinct keys never overlap.
 
     All three arguments are in 0 ... 2**64 - 1. A counter-based generator: Philox, Salmon et al. 2011.
     """
     key, counter = np.array([seed, stream], np.uint64), np.array([0, 0, 0, index], np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+    return Generator(Philox(key=key, counter=counter))
 
 
-def mask_tokens(
-    tokens: np.ndarray, rng: np.random.Generator, ids: SpecialIds, mask_prob: float = 0.15
-) -> tuple[np.ndarray, np.ndarray]:
+def mask_tokens(tokens: ndarray, rng: Generator, ids: SpecialIds, mask_prob: float = 0.15) -> tuple[ndarray, ndarray]:
     """MLM (Devlin et al. 2019, 3.1): tokens [L] -> (inputs [L], labels [L]); labels are IGNORE where nothing is asked.
 
     Exactly round(L * mask_prob) positions are chosen, but never special tokens; if there are fewer ordinary tokens, all
@@ -70,8 +70,8 @@ def mask_tokens(
 
 
 def sample_spans(
-    length: int, density: float, mean_span: float, rng: np.random.Generator, most: int = 1 << 62
-) -> tuple[np.ndarray, np.ndarray]:
+    length: int, density: float, mean_span: float, rng: Generator, most: int = 1 << 62
+) -> tuple[ndarray, ndarray]:
     """Disjoint spans of 0..length-1, in order: (starts [n], lengths [n]) with sum(lengths) == round(length * density).
 
     Span lengths are Poisson(mean_span) without 0; the last one drawn is cut to meet the budget. At least one token
@@ -104,7 +104,7 @@ def sample_spans(
     return starts[order], lengths[order]
 
 
-def drop_spans(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def drop_spans(tokens: ndarray, starts: ndarray, lengths: ndarray) -> ndarray:
     """The tokens [L] without the spans, which leave no trace (AlexaTM 20B, section 2).
 
     Spans at [1 5] of lengths [2 1] turn [106 107 108 109 110 111] into [106 109 110].
@@ -112,17 +112,16 @@ def drop_spans(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> n
     return tokens[~_inside(len(tokens), starts, lengths)]
 
 
-def mask_spans(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, ids: SpecialIds) -> np.ndarray:
+def mask_spans(tokens: ndarray, starts: ndarray, lengths: ndarray, ids: SpecialIds) -> ndarray:
     """Each span becomes one <mask> (text infilling, Lewis et al. 2020, 2.2).
 
     Spans at [1 5] of lengths [2 1] turn [106 107 108 109 110 111] into [106 4 109 110 4].
     """
-    return _replace_spans(tokens, starts, lengths, np.full(len(starts), ids.mask))
+    before = lengths.cumsum() - lengths  # tokens of earlier spans, which are gone
+    return np.insert(drop_spans(tokens, starts, lengths), starts - before, ids.mask)
 
 
-def sentinel_spans(
-    tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, ids: SpecialIds
-) -> tuple[np.ndarray, np.ndarray]:
+def sentinel_spans(tokens: ndarray, starts: ndarray, lengths: ndarray, ids: SpecialIds) -> tuple[ndarray, ndarray]:
     """Span corruption (Raffel et al. 2020, 3.1.4): (source, target); the k-th span becomes <extra_id_k> in the source.
 
     The target is each sentinel followed by its span, and a last sentinel. With <extra_id_0> at 6, spans at [1 5] of
@@ -130,48 +129,37 @@ def sentinel_spans(
     Raises OneProcessError when there are not enough sentinels.
     """
     if len(starts) >= ids.n_sentinels:
-        raise OneProcessError(
-            f"{len(starts)} spans in a row of {len(tokens)} tokens need {len(starts) + 1} sentinels, "
-            f"there are {ids.n_sentinels}: use shorter rows, a lower density or longer spans"
-        )
-    sentinels = ids.sentinel + np.arange(len(starts) + 1)
-    source = _replace_spans(tokens, starts, lengths, sentinels[:-1])
-    spans = tokens[_inside(len(tokens), starts, lengths)]
-    target = np.insert(spans, lengths.cumsum() - lengths, sentinels[:-1])
-    return source, np.append(target, sentinels[-1]).astype(tokens.dtype)
+        lack = f"{len(starts)} spans in a row need {len(starts) + 1} sentinels, there are {ids.n_sentinels}"
+        raise OneProcessError(f"{lack}: use shorter rows, a lower density or longer spans")
+    sentinels, before = ids.sentinel + np.arange(len(starts)), lengths.cumsum() - lengths
+    source = np.insert(drop_spans(tokens, starts, lengths), starts - before, sentinels)
+    target = np.insert(tokens[_inside(len(tokens), starts, lengths)], before, sentinels)
+    return source, np.append(target, ids.sentinel + len(starts)).astype(tokens.dtype)
 
 
 def noise_row(
-    tokens: np.ndarray,
-    rng: np.random.Generator,
-    ids: SpecialIds,
-    noise: str = "drop",
-    density: float = 0.15,
-    mean_span: float = 3.0,
-) -> tuple[np.ndarray, np.ndarray]:
+    tokens: ndarray, rng: Generator, ids: SpecialIds, noise: str = "drop", density: float = 0.15, mean_span: float = 3.0
+) -> tuple[ndarray, ndarray]:
     """De-noising example of a row [L]: (source, target). The target is the whole clean row, or the spans (sentinel).
 
     Exactly round(L * density) tokens are noise, never special ones: spans are sampled over the ordinary tokens, and a
     span across a document's end is split there. With sentinels, neighbouring spans are joined if there are too few
-    sentinels, or if the target would be longer than the row. Raises InputError for another noise, OneProcessError for a
-    row with too few ordinary tokens, or with too many special ones for its sentinels.
+    sentinels, or if the target would be longer than the row. Raises OneProcessError for a row with too few ordinary
+    tokens, or with too many special ones for its sentinels.
     """
     ordinary = np.flatnonzero(tokens >= ids.ordinary)
     budget = round(len(tokens) * density)
     if budget >= len(ordinary):
-        raise OneProcessError(
-            f"{budget} of {len(tokens)} tokens should be noise, the row has {len(ordinary)} ordinary ones: "
-            "lower the density"
-        )
-    left, special, most = len(tokens) - budget, len(tokens) - len(ordinary), 1 << 62
+        lack = f"{budget} of {len(tokens)} tokens should be noise, the row has {len(ordinary)} ordinary ones"
+        raise OneProcessError(f"{lack}: lower the density")
+    most = 1 << 62
     if noise == "sentinel":  # the cut of the circle and each special token may add a span
-        most = max(1, min(ids.n_sentinels, left) - special - 2)
+        special = len(tokens) - len(ordinary)
+        most = max(1, min(ids.n_sentinels, len(tokens) - budget) - special - 2)
     spans = sample_spans(len(ordinary), budget / len(ordinary), mean_span, rng, most)
-    is_noise = np.zeros(len(tokens) + 2, np.int8)
-    is_noise[1 + ordinary[_inside(len(ordinary), *spans)]] = 1
-    edges = np.diff(is_noise)
-    starts = np.flatnonzero(edges == 1)
-    lengths = np.flatnonzero(edges == -1) - starts
+    noisy = ordinary[_inside(len(ordinary), *spans)]
+    first = np.flatnonzero(np.diff(noisy, prepend=-2) > 1)  # a span starts where the position before it is not noisy
+    starts, lengths = noisy[first], np.diff(first, append=len(noisy))
     if noise == "drop":
         return drop_spans(tokens, starts, lengths), tokens
     if noise == "mask":
@@ -181,28 +169,24 @@ def noise_row(
     raise InputError(f"noise is {noise!r}: it must be drop, mask or sentinel")
 
 
-def clm_row(tokens: np.ndarray, rng: np.random.Generator, ids: SpecialIds) -> tuple[np.ndarray, np.ndarray]:
+def clm_row(tokens: ndarray, rng: Generator, ids: SpecialIds) -> tuple[ndarray, ndarray]:
     """Continuing a text (Soltan et al. 2022, causal language modelling): a row [L] -> (source, target).
 
     The source is [CLM] and the first 20 to 80 % of the row, each length equally likely; the target is the rest.
     With [CLM] at 5, [106 107 108 109 110 111] cut at 2 gives [5 106 107] and [108 109 110 111].
-    Raises OneProcessError for a row of one token.
     """
-    if len(tokens) < 2:
-        raise OneProcessError(f"a row of {len(tokens)} tokens cannot be cut in two: use longer rows")
-    least = max(1, -(-len(tokens) // 5))
-    most = max(least, len(tokens) * 4 // 5)
+    least, most = -(-len(tokens) // 5), len(tokens) * 4 // 5
     cut = least + int(rng.random() * (most - least + 1))
     return np.concatenate([[ids.clm], tokens[:cut]]).astype(tokens.dtype), tokens[cut:]
 
 
-def _choose(n: int, k: int, rng: np.random.Generator) -> np.ndarray:
+def _choose(n: int, k: int, rng: Generator) -> ndarray:
     """k of the numbers 0..n-1 in random order."""
     return rng.random(n).argsort(kind="stable")[:k]
 
 
 @lru_cache
-def _span_cdf(mean: float) -> np.ndarray:
+def _span_cdf(mean: float) -> ndarray:
     """P(length <= 1 + i) for a Poisson length that is not 0, as far as double precision can tell it from 1."""
     k = np.arange(1, int(mean + 12 * sqrt(mean) + 30))
     pmf = np.exp(k * log(mean) - mean - np.array([lgamma(i + 1) for i in k]))
@@ -211,18 +195,7 @@ def _span_cdf(mean: float) -> np.ndarray:
     return cdf
 
 
-def _inside(length: int, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def _inside(length: int, starts: ndarray, lengths: ndarray) -> ndarray:
     """True at the positions that lie in a span."""
-    edge = np.zeros(length + 1, np.int8)
-    edge[starts] = 1
-    np.subtract.at(edge, starts + lengths, 1)
-    return edge.cumsum()[:-1].astype(bool)
-
-
-def _replace_spans(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, by: np.ndarray) -> np.ndarray:
-    """The first token of span k becomes by[k]; the rest of the span is removed."""
-    keep = ~_inside(len(tokens), starts, lengths)
-    keep[starts] = True
-    out = tokens.copy()
-    out[starts] = by
-    return out[keep]
+    position = np.arange(length)
+    return np.searchsorted(starts, position, "right") > np.searchsorted(starts + lengths, position, "right")

@@ -84,11 +84,6 @@ def test_clm_keeps_20_to_80_percent_as_source(length):
     assert abs(np.mean(cuts) - (least + most) / 2) < 5 * np.std(cuts) / 2000**0.5 + 1e-9
 
 
-def test_clm_of_a_single_token_is_refused():
-    with pytest.raises(ValueError, match="longer rows"):
-        clm_row(SIX[:1], sample_rng(0, NOISE, 0), IDS)
-
-
 def t5_span_corruption(tokens: np.ndarray, noise: np.ndarray) -> tuple[list[int], list[int]]:
     """The definition in T5's public preprocessing: in the source each run of noise is one sentinel, in the target each
     run of the rest is one; sentinels count up on either side. There a row never begins with noise."""
