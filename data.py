@@ -15,12 +15,11 @@ import argparse
 import json
 import mmap
 import os
-import shutil
 import tempfile
 import zlib
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
@@ -33,9 +32,9 @@ from threading import Thread
 import numpy as np
 from tqdm import tqdm
 
-from cli import InputError, OneProcessError, run_command, say
+from cli import InputError, run_command, say
 from objectives import ORDER, SpecialIds, sample_rng
-from text import LAYOUT, document_text, find_text, print_text, raw_documents, text_lines
+from text import LAYOUT, Document, find_text, print_text, read_documents, text_lines
 from tokenizer import adopt_tokenizer, load_tokenizer, read_tokenizer, train_tokenizer
 
 HERE = Path(__file__).resolve().parent
@@ -45,8 +44,7 @@ SAMPLE_OPTIONS = dict(vocab_size=2000, valid_fraction=0.15, seed=0)
 BLOCK_BYTES = 1 << 19  # text handed to a worker at a time
 SHARD_TOKENS = 1 << 28
 MAGIC, HEADER = b"tokens01", 32  # bytes: the magic, 16 of the tokenizer's sha256, the number of tokens
-ORIGIN = ("seed", "valid_fraction", "text_field", "files")  # how <lang>.json says the shards were made
-ENTRY = {"documents", "bytes", "words", "train", "valid", *ORIGIN}
+ENTRY = {"documents", "bytes", "words", "train", "valid", "seed", "valid_fraction", "text_field", "files"}
 AGAIN = "run data.py again with --tokenizer {}/tokenizer.model"
 FEW_TOKENS, LONG_ROW = 100_000, 512  # a language with less to train on, or less held out, gets a warning
 
@@ -67,7 +65,7 @@ def _append(folder: Path, name: str, shards: dict[str, int], tokens: np.ndarray)
     if not shards or [*shards.values()][-1] >= SHARD_TOKENS:
         shards[f"{name}.{len(shards):03d}.bin"] = 0
     last = [*shards][-1]
-    with open(folder / last, "ab") as file:
+    with open(folder / last, "ab" if shards[last] else "wb") as file:
         file.write(tokens.tobytes() if shards[last] else bytes(HEADER) + tokens.tobytes())
     shards[last] += len(tokens)
 
@@ -75,58 +73,53 @@ def _append(folder: Path, name: str, shards: dict[str, int], tokens: np.ndarray)
 _worker: dict = {}  # what a worker process keeps between blocks
 
 
-def _start_worker(model: bytes, seed: int, valid_fraction: float, text_field: str) -> None:
-    tokenizer, key = load_tokenizer(model, "tokenizer"), seed.to_bytes(8, "little")
-    _worker.update(tokenizer=tokenizer, seed=key, valid_fraction=valid_fraction, text_field=text_field)
+def _start_worker(model: bytes, seed: int, valid_fraction: float) -> None:
+    _worker.update(tokenizer=load_tokenizer(model, "tokenizer"), key=seed.to_bytes(8, "little"), share=valid_fraction)
     if parent := parent_process():  # a worker whose parent is killed would wait for ever
         Thread(target=lambda: os._exit(parent.join() or 1), daemon=True).start()
 
 
-def _encode_block(path: Path, block: list[tuple[int, bytes]]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Tokens of a block of raw documents by split, and how many documents, bytes and words they have.
+def _encode_block(block: list[Document]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Tokens of a block of documents by split, and how many documents, bytes and words they have.
 
     A hash of a document's text decides its split. So the split does not depend on how text is spread over files, and a
     document that occurs twice is never in both.
     """
     tokenizer, tokens, counts = _worker["tokenizer"], {"train": [], "valid": []}, np.zeros(3, np.int64)
     type_ = _token_type(tokenizer.vocab_size())
-    for number, raw in block:
-        text = document_text(path, number, raw, _worker["text_field"])
+    for document in block:
+        text = document.text()
         if lines := text_lines(text):
-            key = blake2b(text.strip().encode(), digest_size=8, key=_worker["seed"]).digest()
-            split = "valid" if int.from_bytes(key, "little") < _worker["valid_fraction"] * 2**64 else "train"
+            digest = blake2b(text.strip().encode(), digest_size=8, key=_worker["key"]).digest()
+            split = "valid" if int.from_bytes(digest, "little") < _worker["share"] * 2**64 else "train"
             encoded = map(tokenizer.encode, lines)  # of a list SentencePiece makes threads, which cost a fifth
             tokens[split] += [np.array(line, type_) for line in (*encoded, [SpecialIds.eos])]
-            counts += 1, len(raw), len(text.split())
+            counts += 1, len(document.raw), len(text.split())
     return {split: np.concatenate(parts) for split, parts in tokens.items() if parts}, counts
 
 
-def _blocks(
-    files: list[Path], progress: Callable[[int], None], text_field: str
-) -> Iterator[tuple[Path, list[tuple[int, bytes]]]]:
-    """Raw documents of the files, in order, in blocks of about BLOCK_BYTES."""
-    for path in files:
-        block, size = [], 0
-        for document in raw_documents(path, progress, text_field):
-            block.append(document)
-            size += len(document[1])
-            if size > BLOCK_BYTES:
-                yield path, block
-                block, size = [], 0
-        if block:
-            yield path, block
+def _blocks(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """The documents, in order, in blocks of about BLOCK_BYTES."""
+    block, size = [], 0
+    for document in documents:
+        block.append(document)
+        size += len(document.raw)
+        if size > BLOCK_BYTES:
+            yield block
+            block, size = [], 0
+    yield block
 
 
-def _encode(n_workers: int, start_worker: tuple, blocks: Iterator[tuple]) -> Iterator[tuple]:
+def _encode(blocks: Iterable[list[Document]], n_workers: int, start_worker: tuple) -> Iterator[tuple]:
     """Runs _encode_block on each block, in order, in n_workers processes, with a bounded number of blocks waiting."""
     if n_workers == 1:
         _start_worker(*start_worker)
-        yield from (_encode_block(*block) for block in blocks)
+        yield from map(_encode_block, blocks)
         return
     with ProcessPoolExecutor(n_workers, initializer=_start_worker, initargs=start_worker) as pool:
         waiting: deque = deque()
         for block in blocks:
-            waiting.append(pool.submit(_encode_block, *block))
+            waiting.append(pool.submit(_encode_block, block))
             if len(waiting) > 4 * n_workers:
                 yield waiting.popleft().result()
         yield from (result.result() for result in waiting)
@@ -135,11 +128,11 @@ def _encode(n_workers: int, start_worker: tuple, blocks: Iterator[tuple]) -> Ite
 # Data folders ------------------------------------------------------------------------------------------------------
 
 
-def read_meta(folder: Path, unfinished: bool = False) -> dict[str, dict]:
+def read_meta(folder: Path) -> dict[str, dict]:
     """Language -> its numbers of documents, bytes and words, train and valid (shard -> tokens), seed, valid_fraction,
-    and the files it was made from (name -> bytes). With `unfinished`, an unfinished language is included, as {}.
+    text_field and the files it was made from (name -> bytes); {} for a language that is not finished.
 
-    Raises InputError for a folder that data.py did not make or, without `unfinished`, did not finish.
+    Raises InputError for a folder that data.py did not make.
     """
     if not folder.is_dir():  # a checkpoint's relative path starts where it was trained
         raise InputError(f"{folder}: no such folder; name one made by data.py with --data")
@@ -153,35 +146,33 @@ def read_meta(folder: Path, unfinished: bool = False) -> dict[str, dict]:
                 raise ValueError
         except (ValueError, AttributeError):
             raise InputError(f"{path}: not a description of a language by data.py; remove it or the folder") from None
-    if not unfinished and not (meta and all(meta.values())):
-        names = ", ".join(x for x in meta if not meta[x]) or "every language"
-        raise InputError(f"{folder}: not finished: {names}; {AGAIN.format(folder)}, or remove their <lang>.json")
     return meta
 
 
-def _write_language(data_dir: Path, language: str, encoded: Iterator[tuple], model: bytes, origin: dict) -> bool:
-    """Writes a language's shards, then <lang>.json, which also holds `origin`: its seed, valid_fraction and files.
-    Writes neither and returns False if no text is left to train on, or if none is held out though some should be.
+def _write_whole(path: Path, content: bytes) -> None:
+    """Writes a file so that it is there whole or not at all."""
+    with tempfile.TemporaryDirectory(suffix=".tmp", dir=path.parent) as folder:
+        (Path(folder) / path.name).write_bytes(content)
+        (Path(folder) / path.name).rename(path)
+
+
+def _write_language(data_dir: Path, language: str, encoded: Iterator[tuple], model: bytes, origin: dict) -> None:
+    """Writes a language's shards, then <lang>.json, which also holds `origin`: how they were made.
+
+    <lang>.json stays empty if no text is left to train on, or if none is held out though some should be.
     """
-    for leftover in data_dir.glob(f"{language}.*.tmp"):  # left by a killed run
-        shutil.rmtree(leftover, ignore_errors=True)
-    shards, totals, account = {"train": {}, "valid": {}}, np.zeros(3, np.int64), f"{language}.json"
-    with tempfile.TemporaryDirectory(prefix=f"{language}.", suffix=".tmp", dir=data_dir) as name:
-        folder = Path(name)
-        for tokens, counts in encoded:
-            totals += counts
-            for split, piece in tokens.items():
-                _append(folder, f"{language}.{split}", shards[split], piece)
-        if not shards["train"] or (origin["valid_fraction"] and not shards["valid"]):
-            return False
-        for shard, n in (shards["train"] | shards["valid"]).items():
-            with open(folder / shard, "r+b") as file:
-                file.write(_header(model, n))
-        counts = dict(zip(("documents", "bytes", "words"), totals.tolist()))
-        (folder / account).write_text(json.dumps(counts | shards | origin, indent=1), "utf-8")
-        for new in (*shards["train"], *shards["valid"], account):
-            (folder / new).rename(data_dir / new)
-    return True
+    shards, totals = {"train": {}, "valid": {}}, np.zeros(3, np.int64)
+    for tokens, counts in encoded:
+        totals += counts
+        for split, piece in tokens.items():
+            _append(data_dir, f"{language}.{split}", shards[split], piece)
+    if not shards["train"] or (origin["valid_fraction"] and not shards["valid"]):
+        return
+    for shard, n in (shards["train"] | shards["valid"]).items():
+        with open(data_dir / shard, "r+b") as file:
+            file.write(_header(model, n))
+    counts = dict(zip(("documents", "bytes", "words"), totals.tolist()))
+    _write_whole(data_dir / f"{language}.json", json.dumps(counts | shards | origin, indent=1).encode())
 
 
 def _open_folder(data_dir: Path, given: Path | None, train: Callable[[], bytes]) -> bytes:
@@ -191,12 +182,9 @@ def _open_folder(data_dir: Path, given: Path | None, train: Callable[[], bytes])
     if any(path.suffix != ".tmp" for path in data_dir.iterdir()) and not (given and there.exists()):
         remedy = f"to continue it or add languages, give --tokenizer {there}" if there.exists() else "name another"
         raise InputError(f"{data_dir}: not empty; {remedy}")
-    model = read_tokenizer(given) if given else train()
-    model = adopt_tokenizer(model, given)
+    model = adopt_tokenizer(read_tokenizer(given) if given else train(), given)
     if not there.exists():
-        with tempfile.TemporaryDirectory(suffix=".tmp", dir=data_dir) as name:
-            (Path(name) / there.name).write_bytes(model)
-            (Path(name) / there.name).rename(there)
+        _write_whole(there, model)
     if there.read_bytes() != model:
         raise InputError(f"{given or 'a new tokenizer'}: not that of {data_dir}; give --tokenizer {there}")
     return model
@@ -204,17 +192,16 @@ def _open_folder(data_dir: Path, given: Path | None, train: Callable[[], bytes])
 
 def _to_encode(data_dir: Path, files: dict[str, dict[str, int]], text_field: str) -> list[str]:
     """The languages that a data folder lacks; prints those it has. Raises InputError if one comes from other text."""
-    meta = read_meta(data_dir, unfinished=True)
-    for language, entry in meta.items():
-        if entry and language in files:
-            change = f"another --text-field, {entry['text_field']!r}" if entry["text_field"] != text_field else ""
-            if changed := entry["files"].items() ^ files[language].items():
-                change = f"other files ({min(changed)[0]} is new, gone or of another size)"
-            if change:
-                remedy = f"remove {data_dir / language}.* to encode it again"
-                raise InputError(f"{data_dir}: {language!r} was made from {change}; {remedy}")
-            say(f"{language}: already encoded, with --seed {entry['seed']} --valid-fraction {entry['valid_fraction']}")
-    return [language for language in files if not meta.get(language)]
+    done = {language: entry for language, entry in read_meta(data_dir).items() if entry and language in files}
+    for language, entry in done.items():
+        change = f"another --text-field, {entry['text_field']!r}" if entry["text_field"] != text_field else ""
+        if changed := entry["files"].items() ^ files[language].items():
+            change = f"other files ({min(changed)[0]} is new, gone or of another size)"
+        if change:
+            remedy = f"remove {data_dir / language}.* to encode it again"
+            raise InputError(f"{data_dir}: {language!r} was made from {change}; {remedy}")
+        say(f"{language}: already encoded, with --seed {entry['seed']} --valid-fraction {entry['valid_fraction']}")
+    return [language for language in files if language not in done]
 
 
 def prepare(
@@ -238,7 +225,7 @@ def prepare(
         raise InputError(f"{data_dir}: inside {text_dir}, where it would be taken for text; name another folder")
     model = _open_folder(data_dir, tokenizer, lambda: train_tokenizer(text, vocab_size, seed, text_field))
     files = {x: {str(path.relative_to(text_dir)): path.stat().st_size for path in text[x]} for x in text}
-    languages, lacking = _to_encode(data_dir, files, text_field), []
+    languages = _to_encode(data_dir, files, text_field)
     try:
         for language in languages:
             (data_dir / f"{language}.json").touch()
@@ -246,17 +233,16 @@ def prepare(
         with tqdm(total=total, unit="B", unit_scale=True, desc="encoding", disable=None) as bar:
             for language in languages:
                 bar.set_postfix_str(language)
-                blocks = _blocks(text[language], bar.update, text_field)
-                encoded = _encode(n_workers, (model, seed, valid_fraction, text_field), blocks)
-                origin = dict(zip(ORIGIN, (seed, valid_fraction, text_field, files[language])))
-                if not _write_language(data_dir, language, encoded, model, origin):
-                    lacking.append(language)
+                documents = (x for path in text[language] for x in read_documents(path, text_field, bar.update))
+                encoded = _encode(_blocks(documents), n_workers, (model, seed, valid_fraction))
+                origin = dict(seed=seed, valid_fraction=valid_fraction, text_field=text_field, files=files[language])
+                _write_language(data_dir, language, encoded, model, origin)
     except (OSError, BrokenProcessPool) as error:
         raise InputError(f"{data_dir}: {error}; make room (disk, memory), then {AGAIN.format(data_dir)}") from None
-    if lacking:
-        lack = f"{', '.join(lacking)}: no document to train on, or none held out (a blank line ends a document)"
+    meta = read_meta(data_dir)
+    if lacking := ", ".join(x for x in languages if not meta[x]):
+        lack = f"{lacking}: no document to train on, or none held out (a blank line ends a document)"
         raise InputError(f"{text_dir}: {lack}; add text or change --valid-fraction, then {AGAIN.format(data_dir)}")
-    meta = read_meta(data_dir, unfinished=True)
     if unfinished := ", ".join(x for x in meta if not meta[x]):
         say(f"{data_dir}: not finished: {unfinished}; another data.py is still working on it, or was killed")
     return {language: entry for language, entry in meta.items() if entry}
@@ -291,7 +277,7 @@ class _Tokens:
     """The tokens of a language's shards as one sequence, read through memory maps."""
 
     def __init__(self, folder: Path, language: str, shards: dict[str, int], model: bytes, vocab_size: int):
-        self.maps, self.vocab_size, type_ = [], vocab_size, _token_type(vocab_size)
+        self.maps, type_ = [], _token_type(vocab_size)
         self.remedy = f"remove {folder / language}.* and {AGAIN.format(folder)}"
         for path, n in ((folder / shard, n) for shard, n in shards.items()):
             size, expected = path.stat().st_size if path.exists() else 0, HEADER + n * type_.itemsize
@@ -309,13 +295,11 @@ class _Tokens:
         return self.ends[-1]
 
     def read(self, start: int, length: int) -> np.ndarray:  # [length]
-        """Tokens from `start` on. Raises OneProcessError for one outside the vocabulary."""
+        """Tokens from `start` on."""
         shard = bisect_right(self.ends, start) - 1
         tokens = self.maps[shard][start - self.ends[shard] :][:length].astype(np.int64)
         if len(tokens) < length:  # the rest is in the next shards
             tokens = np.concatenate([tokens, self.read(start + len(tokens), length - len(tokens))])
-        if tokens.max() >= self.vocab_size:
-            raise OneProcessError(f"a shard holds token {tokens.max()}, outside the vocabulary; {self.remedy}")
         return tokens
 
 
@@ -331,6 +315,9 @@ class TokenData:
 
     def __init__(self, folder: Path, seq_len: int, seed: int = 0, alpha: float = 0.5):
         meta, path = read_meta(folder), folder / "tokenizer.model"
+        if not (meta and all(meta.values())):
+            names = ", ".join(x for x in meta if not meta[x]) or "every language"
+            raise InputError(f"{folder}: not finished: {names}; {AGAIN.format(folder)}, or remove their <lang>.json")
         self.languages, self.seq_len, self.seed = sorted(meta), seq_len, seed
         self.tokenizer_model = read_tokenizer(path)
         self.tokenizer = load_tokenizer(self.tokenizer_model, path)
@@ -339,7 +326,7 @@ class TokenData:
             {x: _Tokens(folder, x, meta[x][split], self.tokenizer_model, self.ids.vocab_size) for x in self.languages}
             for split in ("train", "valid")
         )
-        sizes = {language: len(tokens) for language, tokens in self.train.items()}
+        sizes = {x: len(tokens) for x, tokens in self.train.items()}
         both = [[x, sizes[x], len(self.valid[x])] for x in self.languages]
         self.fingerprint = sha256(json.dumps(both).encode() + self.tokenizer_model).hexdigest()
         for x, n in sizes.items():
@@ -370,7 +357,7 @@ class TokenData:
         return language, permuted(rank % n_rows, n_rows, key)
 
     def row(self, i: int) -> np.ndarray:  # [L]
-        """The tokens of sample i. Raises OneProcessError for a damaged shard."""
+        """The tokens of sample i."""
         language, row = self.locate(i)
         return self.train[language].read(row * self.seq_len, self.seq_len)
 
@@ -383,7 +370,7 @@ class TokenData:
         return len(tokens) // self.seq_len
 
     def valid_row(self, language: str, j: int) -> np.ndarray:  # [L]
-        """The tokens of held-out row j of a language. Raises OneProcessError for a damaged shard."""
+        """The tokens of held-out row j of a language."""
         return self.valid[language].read(j * self.seq_len, self.seq_len)
 
     def unigram_entropy(self, language: str) -> float:
@@ -426,10 +413,8 @@ def main() -> None:
     flag("--valid-fraction", type=float, default=0.01, help="share of documents held out (default %(default)s)")
     flag("--seed", type=int, default=0, help="seed for the tokenizer's sample and the split (default %(default)s)")
     args = parser.parse_args()
-    if not 0 <= args.valid_fraction < 1:
-        raise InputError(f"--valid-fraction {args.valid_fraction}: it must be in [0, 1)")
-    if not 0 <= args.seed < 1 << 64:
-        raise InputError(f"--seed {args.seed}: it must be from 0 to 2**64 - 1")
+    if not (0 <= args.valid_fraction < 1 and 0 <= args.seed < 1 << 64):
+        raise InputError("--valid-fraction must be at least 0 and below 1, --seed from 0 to 2**64 - 1")
     print_text(*find_text(args.text_dir), args.text_field)
     print_table(prepare(**vars(args), n_workers=len(os.sched_getaffinity(0))))
 

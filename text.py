@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from cli import InputError
 
@@ -110,10 +111,10 @@ def print_text(found: dict[str, list[Path]], skipped: list[tuple[Path, str]], te
     said = [(path, f"not read ({why})") for path, why in skipped]
     print("language    files             bytes  begins")
     for language, files in found.items():
-        firsts = [(path, *first) for path in files for first in islice(raw_documents(path, text_field=text_field), 1)]
-        words = " ".join(document_text(*first, text_field)[:200] for first in firsts).split()
+        firsts = [document for path in files for document in islice(read_documents(path, text_field), 1)]
+        words = " ".join(document.text()[:200] for document in firsts).split()
         print(f"{language:9} {len(files):7,} {sum(path.stat().st_size for path in files):17,}  {' '.join(words)[:60]}")
-        long = [path for path, _, raw in firsts if _kind(path) == "txt" and len(raw) > MAX_DOCUMENT // 2]
+        long = [x.path for x in firsts if _kind(x.path) == "txt" and len(x.raw) > MAX_DOCUMENT // 2]
         said += [(path, f"few blank lines, cut into documents of {MAX_DOCUMENT >> 10} kB") for path in long]
         said += [(path, r"MADLAD-400, \n read as the end of a line") for path in files if MADLAD.fullmatch(path.name)]
     if odd := [language for language in found if not CODE.fullmatch(language)]:
@@ -142,8 +143,40 @@ def unpack(packed: io.BufferedReader) -> io.BufferedIOBase:
     return {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}.get(suffix, lambda file: file)(packed)
 
 
-def raw_documents(path: Path, progress: Callable = lambda n: None, text_field: str = "") -> Iterator[tuple[int, bytes]]:
-    """Undecoded documents of a file with the number of their first line, or row; progress gets the bytes just read.
+class Document(NamedTuple):
+    """A document as it lies in its file: lines of .txt, a line of JSON, or a value of parquet."""
+
+    path: Path
+    number: int  # of its first line, or of its row
+    raw: bytes
+    text_field: str
+
+    def text(self) -> str:
+        """The text. Raises InputError with file and line for bad UTF-8, JSON or a missing text."""
+        kind, place = _kind(self.path), f"{self.path}:{self.number}"
+        try:
+            text = self.raw.decode("utf-8-sig" if self.number == 1 else "utf-8")
+            if kind in ("txt", "parquet"):
+                return text
+            row = json.loads(text)
+            text = row[self.text_field or ("text" if "text" in row else "content")] or ""  # null is no text
+            text.encode()  # JSON can spell half a surrogate pair
+            return text.replace(r"\n" if MADLAD.fullmatch(self.path.name) else "\n", "\n")
+        except UnicodeEncodeError:
+            raise InputError(f"{place}: half a surrogate pair; fix or remove the line") from None
+        except UnicodeDecodeError as error:
+            line = self.number + self.raw.count(b"\n", 0, error.start)
+            byte = f"byte {self.raw[error.start]:#04x}"
+            raise InputError(f"{self.path}:{line}: not UTF-8 ({byte}); convert the file") from None
+        except (ValueError, TypeError):
+            raise InputError(f"{place}: not a JSON object; {ONE_A_LINE}") from None
+        except (KeyError, AttributeError):
+            wanted = self.text_field or '"text" or "content"'
+            raise InputError(f"{place}: no {wanted} string; name one with --text-field: {', '.join(row)}") from None
+
+
+def read_documents(path: Path, text_field: str = "", progress: Callable = lambda n: None) -> Iterator[Document]:
+    """The documents of a file, not yet decoded; progress gets the bytes of the file just read.
 
     Raises InputError for a file that is cut, damaged or not plain text, or if the package that reads it is missing.
     """
@@ -155,7 +188,7 @@ def raw_documents(path: Path, progress: Callable = lambda n: None, text_field: s
                     if re.match(beginning, reader.peek()[:MAX_DOCUMENT]):
                         raise InputError(f"{path}: {remedy}")
             for number, raw, position in _rows(path, text_field) if is_parquet else _lines(path, packed, file):
-                yield number, raw
+                yield Document(path, number, raw, text_field)
                 progress(position - seen)
                 seen = position
     except (InputError, MemoryError):
@@ -169,21 +202,19 @@ def raw_documents(path: Path, progress: Callable = lambda n: None, text_field: s
 
 def _lines(path: Path, packed: io.BufferedReader, file: io.BufferedReader) -> Iterator[tuple[int, bytes, int]]:
     """Documents of a file of lines: each line of JSON, or the lines of .txt up to a blank one or to MAX_DOCUMENT."""
-    is_text, number, first, size, lines = _kind(path) == "txt", 0, 1, 0, []
-    while line := file.readline(MAX_LINE):
-        number += 1
+    is_text, first, document = _kind(path) == "txt", 1, bytearray()
+    for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), b""), 1):
         if len(line) == MAX_LINE:
             raise InputError(f"{path}:{number}: a line of over {MAX_LINE >> 20} MB; break it up, {ONE_A_LINE}")
         blank = line.isspace()
-        if lines and (not is_text or blank or size + len(line) > MAX_DOCUMENT):
-            yield first, b"".join(lines), packed.tell()
-            lines, size = [], 0
+        if document and (not is_text or blank or len(document) + len(line) > MAX_DOCUMENT):
+            yield first, bytes(document), packed.tell()
+            document.clear()
         if not blank:
-            first = first if lines else number
-            lines.append(line)
-            size += len(line)
-    if lines:
-        yield first, b"".join(lines), packed.tell()
+            first = first if document else number
+            document += line
+    if document:
+        yield first, bytes(document), packed.tell()
 
 
 def _rows(path: Path, text_field: str) -> Iterator[tuple[int, bytes, int]]:
@@ -199,29 +230,6 @@ def _rows(path: Path, text_field: str) -> Iterator[tuple[int, bytes, int]]:
         size, n_rows = path.stat().st_size, file.metadata.num_rows
         for row, value in enumerate((value for batch in batches for value in batch.column(0)), 1):
             yield row, bytes(value.as_buffer() or b""), size * row // n_rows
-
-
-def document_text(path: Path, number: int, raw: bytes, text_field: str = "") -> str:
-    """The text of a raw document. Raises InputError with file and line for bad UTF-8, JSON or a missing text."""
-    kind = _kind(path)
-    try:
-        text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-        if kind in ("txt", "parquet"):
-            return text
-        row = json.loads(text)
-        text = row[text_field or ("text" if "text" in row else "content")] or ""  # null is no text
-        text.encode()  # JSON can spell half a surrogate pair
-        return text.replace(r"\n" if MADLAD.fullmatch(path.name) else "\n", "\n")
-    except UnicodeEncodeError:
-        raise InputError(f"{path}:{number}: half a surrogate pair; fix or remove the line") from None
-    except UnicodeDecodeError as error:
-        line = number + (raw.count(b"\n", 0, error.start) if kind == "txt" else 0)
-        raise InputError(f"{path}:{line}: not UTF-8 (byte {raw[error.start]:#04x}); convert the file") from None
-    except (ValueError, TypeError):
-        raise InputError(f"{path}:{number}: not a JSON object; {ONE_A_LINE}") from None
-    except (KeyError, AttributeError):
-        wanted = text_field or '"text" or "content"'
-        raise InputError(f"{path}:{number}: no {wanted} string; name one with --text-field: {', '.join(row)}") from None
 
 
 def text_lines(text: str) -> list[str]:

@@ -10,7 +10,7 @@ import sentencepiece as spm
 
 from cli import InputError
 from objectives import SpecialIds
-from text import document_text, raw_documents, text_lines
+from text import read_documents, text_lines
 
 TOKENIZER_CHARS = 8_000_000  # characters the tokenizer is trained on, in equal shares of the languages
 SPECIAL_PIECES = ["<pad>", "<s>", "</s>", "<unk>", "<mask>", "[CLM]"]  # in the order of their ids in SpecialIds
@@ -25,14 +25,14 @@ def sample_lines(files: list[Path], n_chars: int, seed: int, text_field: str = "
     share = max(1 << 20, 32 * n_chars // len(files))
     for path in files:
         read = 0
-        for number, raw in raw_documents(path, text_field=text_field):
-            for line in text_lines(document_text(path, number, raw, text_field)):
+        for document in read_documents(path, text_field):
+            for line in text_lines(document.text()):
                 line = line[:4000]  # the trainer's limit is in bytes, of which a character has at most four
                 seen, size = seen + 1, size + len(line)
                 heappush(kept, (-rng.random(), seen, line))
                 while size > n_chars:  # the lines with the smallest random keys stay
                     size -= len(heappop(kept)[-1])
-            read += len(raw)
+            read += len(document.raw)
             if read > share:
                 break
     return [line for *_, line in sorted(kept)]
@@ -77,14 +77,11 @@ def _unigram_model(model: bytes, name: object) -> tuple[spm.SentencePieceProcess
     tokenizer = spm.SentencePieceProcessor()
     try:
         tokenizer.LoadFromSerializedProto(model)
-        pieces = tokenizer.id_to_piece(list(range(tokenizer.vocab_size())))
+        tokenizer.nbest_encode_as_ids("a", 1)  # only a unigram model can do this
+        return tokenizer, tokenizer.id_to_piece(list(range(tokenizer.vocab_size())))
     except (RuntimeError, UnicodeDecodeError):
-        raise InputError(f"{name}: not a SentencePiece model; train one with `python data.py`") from None
-    try:
-        tokenizer.nbest_encode_as_ids("a", 1)
-    except RuntimeError:  # no other kind of model can do this
-        raise InputError(f"{name}: a BPE, word or char model; use a unigram model or train one here") from None
-    return tokenizer, pieces
+        remedy = "BPE, word and char models are not read; `python data.py` trains one"
+        raise InputError(f"{name}: not a SentencePiece unigram model; {remedy}") from None
 
 
 def load_tokenizer(model: bytes, name: object) -> spm.SentencePieceProcessor:
@@ -109,36 +106,29 @@ def adopt_tokenizer(model: bytes, name: object) -> bytes:
 
     Our special pieces come first, then the 256 bytes, then its ordinary and user-defined pieces in their order, with
     their scores. Its normalisation stays, and text in characters that it knows is split into the same pieces as before.
-    Other characters become bytes, even if they were <unk> before, so that they are not lost. Its control and unused
-    pieces are dropped, and so is a piece spelled like one of ours. A model with our special ids is returned unchanged.
+    Other characters become bytes, so that they are not lost. Its control and unused pieces are dropped, and so is a
+    piece spelled like one of ours. A model with our special ids is returned unchanged.
     Raises InputError, naming `name`, for anything but a unigram model, and if protobuf is missing.
     """
     _, pieces = _unigram_model(model, name)
     if pieces[: len(SPECIAL_PIECES)] == SPECIAL_PIECES:
         return model
-    messages = sentencepiece_messages(name)
-    Piece, proto = messages.ModelProto.SentencePiece, messages.ModelProto.FromString(model)
+    Model = sentencepiece_messages(name).ModelProto
+    Piece, proto = Model.SentencePiece, Model.FromString(model)
     ours = [Piece(piece=text, score=0, type=Piece.CONTROL) for text in SPECIAL_PIECES]
     ours[SpecialIds.unk].type = Piece.UNKNOWN
     ours += [Piece(piece=text, score=0, type=Piece.BYTE) for text in BYTE_PIECES]
-    spellings, stands_for_text = {x.piece for x in ours}, (Piece.NORMAL, Piece.USER_DEFINED)
-    kept, dropped = [], []
-    for x in proto.pieces:
-        if x.type in stands_for_text and x.piece not in spellings:
-            kept.append(x)
-        elif x.type in stands_for_text or x.piece not in spellings:  # the others are replaced by ours
-            dropped.append(x.piece)
-    adopted = messages.ModelProto.FromString(model)
-    del adopted.pieces[:]
-    adopted.pieces.extend(ours + kept)
-    spec = adopted.trainer_spec
-    spec.byte_fallback, spec.vocab_size = True, len(adopted.pieces)
+    is_text, spellings = lambda x: x.type in (Piece.NORMAL, Piece.USER_DEFINED), {x.piece for x in ours}
+    kept = [x for x in proto.pieces if is_text(x) and x.piece not in spellings]
+    dropped = [x.piece for x in proto.pieces if is_text(x) == (x.piece in spellings)]  # the others are replaced by ours
+    spec = proto.trainer_spec
+    spec.byte_fallback, spec.vocab_size = True, len(ours + kept)
     spec.pad_id, spec.bos_id, spec.eos_id, spec.unk_id = range(4)  # as SpecialIds has them
     spec.pad_piece, spec.bos_piece, spec.eos_piece, spec.unk_piece = SPECIAL_PIECES[:4]
     spec.control_symbols[:] = SPECIAL_PIECES[SpecialIds.mask :]
-    print(
-        f"{name}: {len(kept):,} of its {len(pieces):,} pieces are kept, in their order, as ids {len(ours)} to "
-        f"{len(adopted.pieces) - 1:,}, after {len(SPECIAL_PIECES)} special pieces and 256 bytes"
-        + (f"; dropped: {' '.join(dropped[:10])}{' ...' * (len(dropped) > 10)} ({len(dropped):,})" if dropped else "")
-    )
-    return adopted.SerializeToString()
+    ids = f"ids {len(ours)} to {spec.vocab_size - 1:,}, after {len(SPECIAL_PIECES)} special pieces and 256 bytes"
+    said = f"; dropped: {' '.join(dropped[:10])}{' ...' * (len(dropped) > 10)} ({len(dropped):,})" if dropped else ""
+    print(f"{name}: {len(kept):,} of its {len(pieces):,} pieces are kept, in their order, as {ids}{said}")
+    proto.ClearField("pieces")
+    proto.pieces.extend(ours + kept)
+    return proto.SerializeToString()

@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from corpus_layouts import write  # noqa: E402
 
 from data import read_meta  # noqa: E402
-from text import document_text, find_text, raw_documents  # noqa: E402
+from text import find_text, read_documents  # noqa: E402
 
 FORMATS = ("txt", "jsonl.gz", "jsonl.bz2", "jsonl.zst", "parquet")
 
@@ -28,8 +28,7 @@ FORMATS = ("txt", "jsonl.gz", "jsonl.bz2", "jsonl.zst", "parquet")
 def pack(text: Path, out: Path) -> None:
     """Writes the documents of each language in each format."""
     for language, files in find_text(text)[0].items():
-        raw = ((path, *document) for path in files for document in raw_documents(path))
-        documents = [document_text(*document).strip() for document in raw]
+        documents = [document.text().strip() for path in files for document in read_documents(path)]
         for name in FORMATS:
             write(out / name / f"{language}.{name}", documents)
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from text import InputError, document_text, find_text, raw_documents
+from text import InputError, find_text, read_documents
 
 EN = [
     "A tram climbs the hill.\nIt stops at the school.",
@@ -218,7 +218,7 @@ def made(layout: Layout, folder: Path) -> tuple[dict[str, list[str]], dict[str, 
         write(folder / name, content)
     found, skipped = find_text(folder / layout.text)
     documents = {
-        language: [document_text(path, *document).strip() for path in files for document in raw_documents(path)]
+        language: [document.text().strip() for path in files for document in read_documents(path)]
         for language, files in found.items()
     }
     return documents, {path.relative_to(folder).as_posix(): why for path, why in skipped}

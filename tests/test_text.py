@@ -12,11 +12,11 @@ from corpus_layouts import DE, EN, LAYOUTS, PACK, SW, made, write
 
 import text
 from data import TokenData, prepare
-from text import InputError, document_text, find_text, print_text, raw_documents, text_lines
+from text import InputError, find_text, print_text, read_documents, text_lines
 
 
 def documents(path, text_field="") -> list[str]:
-    return [document_text(path, *document, text_field) for document in raw_documents(path, text_field=text_field)]
+    return [document.text() for document in read_documents(path, text_field)]
 
 
 def extra(name: str) -> None:
@@ -120,7 +120,7 @@ def test_every_format(tmp_path, name):
     texts = [*EN, "drei ü", *SW] * 50
     write(path, texts)
     sizes = []
-    seen = [document_text(path, *document).strip("\n") for document in raw_documents(path, sizes.append)]
+    seen = [document.text().strip("\n") for document in read_documents(path, progress=sizes.append)]
     assert seen == texts
     assert sum(sizes) == path.stat().st_size and min(sizes) >= 0
 
@@ -131,7 +131,7 @@ def test_text_without_blank_lines_is_many_documents(tmp_path, data_dir):
     (tmp_path / "text" / "en.txt").write_text("".join(lines))
     pieces = documents(tmp_path / "text" / "en.txt")
     assert "".join(pieces) == "".join(lines) and max(map(len, pieces)) <= 64 << 10 < 36 + len(pieces[0])
-    assert [number for number, _ in raw_documents(tmp_path / "text" / "en.txt")] == [
+    assert [document.number for document in read_documents(tmp_path / "text" / "en.txt")] == [
         1 + "".join(pieces[:i]).count("\n") for i in range(len(pieces))
     ]
     prepare(tmp_path / "text", tmp_path / "out", 0, data_dir / "tokenizer.model", valid_fraction=0.3)
@@ -271,8 +271,8 @@ def test_a_damaged_page_of_parquet_is_refused_after_its_rows(tmp_path):
     (tmp_path / "x.parquet").write_bytes(raw)
     seen = []
     with pytest.raises(InputError, match=r"x\.parquet: cut or damaged after row [1-9]\d* \("):
-        for _, document in raw_documents(tmp_path / "x.parquet"):
-            seen.append(document.decode())
+        for document in read_documents(tmp_path / "x.parquet"):
+            seen.append(document.text())
     assert 300 < len(seen) < 600 and seen == texts[: len(seen)]
 
 
@@ -313,7 +313,7 @@ def test_memory_of_parquet_does_not_grow_with_its_row_groups(tmp_path):
     assert (tmp_path / "x.parquet").stat().st_size > 30e6
     code = (
         "import pathlib, pyarrow, text\n"
-        f"n = sum(len(raw) for _, raw in text.raw_documents(pathlib.Path({str(tmp_path / 'x.parquet')!r})))\n"
+        f"n = sum(len(x.raw) for x in text.read_documents(pathlib.Path({str(tmp_path / 'x.parquet')!r})))\n"
         "print(n, pyarrow.default_memory_pool().max_memory())"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -68,9 +68,9 @@ def test_pieces_that_are_dropped_are_named(capsys):
 @pytest.mark.parametrize("model_type, vocab_size", [("bpe", 2000), ("word", 800), ("char", 300)])
 def test_other_kinds_of_model_are_refused(text_dir, tmp_path, model_type, vocab_size):
     (tmp_path / "other.model").write_bytes(train(model_type, vocab_size))
-    with pytest.raises(InputError, match="other.model: a BPE, word or char model; use a unigram model or train one"):
+    with pytest.raises(InputError, match="other.model: not a SentencePiece unigram model; BPE, word and char models"):
         prepare(text_dir, tmp_path / "out", 0, tmp_path / "other.model")
-    with pytest.raises(InputError, match="a BPE, word or char model"):
+    with pytest.raises(InputError, match="not a SentencePiece unigram model"):
         adopt_tokenizer(train(model_type, vocab_size, **OUR_IDS), "x")
 
 
