@@ -1,14 +1,12 @@
 """Turns text into a tokenizer and token shards (a command), and shards into a deterministic, multilingual row stream.
 
-    python data.py TEXT DATA --vocab-size 150000                         a new data folder
-    python data.py TEXT DATA --tokenizer DATA/tokenizer.model            continue a killed run; add languages
+    python data.py TEXT DATA --vocab-size 150000                  a new data folder
+    python data.py TEXT DATA --tokenizer DATA/tokenizer.model     continue a killed run; add languages
 
-TEXT holds <lang>.<ext> or <lang>/* in any format that text.py reads. DATA gets tokenizer.model and, for each language,
-shards <lang>.<split>.<number>.bin and their description <lang>.json, which is empty until they are finished.
-Several machines may encode different languages into one folder, with one tokenizer.
-
-In the stream, languages are sampled in proportion to tokens ** alpha (Soltan et al. 2022: 0.5), rows are packed full,
-and </s> ends each document. Sample i is a pure function of (seed, i).
+TEXT is what text.py reads. DATA gets tokenizer.model and, for each language, shards <lang>.<split>.<number>.bin and
+their description <lang>.json, which is empty until they are finished. Several machines may encode different languages
+into one folder, with one tokenizer. In the stream, languages are sampled in proportion to tokens ** alpha (Soltan et
+al. 2022: 0.5), rows are packed full, and </s> ends each document. Sample i is a pure function of (seed, i).
 """
 
 import argparse
@@ -62,12 +60,13 @@ def _header(model: bytes, n_tokens: int) -> bytes:
 
 def _append(folder: Path, name: str, shards: dict[str, int], tokens: np.ndarray) -> None:  # [any length]
     """Appends tokens to the last <name>.<number>.bin, or to a new one after SHARD_TOKENS; counts them in `shards`."""
-    if not shards or [*shards.values()][-1] >= SHARD_TOKENS:
-        shards[f"{name}.{len(shards):03d}.bin"] = 0
-    last = [*shards][-1]
-    with open(folder / last, "ab" if shards[last] else "wb") as file:
-        file.write(tokens.tobytes() if shards[last] else bytes(HEADER) + tokens.tobytes())
-    shards[last] += len(tokens)
+    last = next(reversed(shards), "")
+    if not shards or shards[last] >= SHARD_TOKENS:
+        last = f"{name}.{len(shards):03d}.bin"
+        (folder / last).write_bytes(bytes(HEADER))
+    with open(folder / last, "ab") as file:
+        file.write(tokens.tobytes())
+    shards[last] = shards.get(last, 0) + len(tokens)
 
 
 _worker: dict = {}  # what a worker process keeps between blocks
@@ -80,10 +79,9 @@ def _start_worker(model: bytes, seed: int, valid_fraction: float) -> None:
 
 
 def _encode_block(block: list[Document]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Tokens of a block of documents by split, and how many documents, bytes and words they have.
+    """Tokens of a block by split, and its numbers of documents, bytes and words.
 
-    A hash of a document's text decides its split. So the split does not depend on how text is spread over files, and a
-    document that occurs twice is never in both.
+    A hash of a document's text decides its split: wherever and however often it occurs, it is always in the same one.
     """
     tokenizer, tokens, counts = _worker["tokenizer"], {"train": [], "valid": []}, np.zeros(3, np.int64)
     type_ = _token_type(tokenizer.vocab_size())
@@ -157,9 +155,8 @@ def _write_whole(path: Path, content: bytes) -> None:
 
 
 def _write_language(data_dir: Path, language: str, encoded: Iterator[tuple], model: bytes, origin: dict) -> None:
-    """Writes a language's shards, then <lang>.json, which also holds `origin`: how they were made.
-
-    <lang>.json stays empty if no text is left to train on, or if none is held out though some should be.
+    """Writes a language's shards, then <lang>.json, which also holds `origin`: how they were made. It stays empty if no
+    text is left to train on, or if none is held out though some should be.
     """
     shards, totals = {"train": {}, "valid": {}}, np.zeros(3, np.int64)
     for tokens, counts in encoded:
@@ -182,7 +179,7 @@ def _open_folder(data_dir: Path, given: Path | None, train: Callable[[], bytes])
     if any(path.suffix != ".tmp" for path in data_dir.iterdir()) and not (given and there.exists()):
         remedy = f"to continue it or add languages, give --tokenizer {there}" if there.exists() else "name another"
         raise InputError(f"{data_dir}: not empty; {remedy}")
-    model = adopt_tokenizer(read_tokenizer(given) if given else train(), given)
+    model = adopt_tokenizer(read_tokenizer(given), given) if given else train()
     if not there.exists():
         _write_whole(there, model)
     if there.read_bytes() != model:
@@ -217,8 +214,8 @@ def prepare(
     """Turns text into a tokenizer and shards; returns what read_meta does, for the languages that are finished.
 
     Keeps a language that the folder already has from the same files. However this ends, each language is complete, or
-    its <lang>.json is empty and the same call with the folder's tokenizer encodes it.
-    Raises InputError for a mistake in the text or the arguments, and for a full disk.
+    its <lang>.json is empty and the same call with the folder's tokenizer encodes it. Raises InputError for a mistake
+    in the text or the arguments, and for a full disk.
     """
     text, _ = find_text(text_dir)
     if data_dir.resolve().is_relative_to(text_dir.resolve()):
@@ -280,13 +277,12 @@ class _Tokens:
         self.maps, type_ = [], _token_type(vocab_size)
         self.remedy = f"remove {folder / language}.* and {AGAIN.format(folder)}"
         for path, n in ((folder / shard, n) for shard, n in shards.items()):
-            size, expected = path.stat().st_size if path.exists() else 0, HEADER + n * type_.itemsize
-            if size != expected:
-                raise InputError(f"{path}: {size} bytes, not the {expected} of {n} tokens; {self.remedy}")
+            if not path.exists() or path.stat().st_size != HEADER + n * type_.itemsize:
+                raise InputError(f"{path}: missing, or not of {n} tokens; {self.remedy}")
             with open(path, "rb") as file:
-                if file.read(HEADER) != _header(model, n):
-                    raise InputError(f"{path}: not a shard of this folder's tokenizer; {self.remedy}")
                 map_ = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if map_[:HEADER] != _header(model, n):
+                raise InputError(f"{path}: not a shard of this folder's tokenizer; {self.remedy}")
             map_.madvise(mmap.MADV_RANDOM)  # else each row that is not in memory yet costs a read of 128 kB
             self.maps.append(np.frombuffer(map_, type_, offset=HEADER))
         self.ends = [0, *accumulate(shards.values())]
@@ -318,7 +314,7 @@ class TokenData:
         if not (meta and all(meta.values())):
             names = ", ".join(x for x in meta if not meta[x]) or "every language"
             raise InputError(f"{folder}: not finished: {names}; {AGAIN.format(folder)}, or remove their <lang>.json")
-        self.languages, self.seq_len, self.seed = sorted(meta), seq_len, seed
+        self.languages, self.seq_len, self.seed = list(meta), seq_len, seed
         self.tokenizer_model = read_tokenizer(path)
         self.tokenizer = load_tokenizer(self.tokenizer_model, path)
         self.ids = SpecialIds(self.tokenizer.vocab_size())
@@ -326,16 +322,15 @@ class TokenData:
             {x: _Tokens(folder, x, meta[x][split], self.tokenizer_model, self.ids.vocab_size) for x in self.languages}
             for split in ("train", "valid")
         )
-        sizes = {x: len(tokens) for x, tokens in self.train.items()}
-        both = [[x, sizes[x], len(self.valid[x])] for x in self.languages]
-        self.fingerprint = sha256(json.dumps(both).encode() + self.tokenizer_model).hexdigest()
-        for x, n in sizes.items():
+        sizes = [[x, len(self.train[x]), len(self.valid[x])] for x in self.languages]
+        self.fingerprint = sha256(json.dumps(sizes).encode() + self.tokenizer_model).hexdigest()
+        for x, n, _ in sizes:
             if n < seq_len:
                 lack = f"{x!r} has {n} tokens to train on, but a row needs {seq_len}"
                 raise InputError(f"{folder}: {lack}: add text, remove {x}.*, or lower --seq-len")
-        share = shares(sizes, alpha)
-        self._below = np.concatenate([[0.0], np.cumsum([share[x] for x in self.languages])[:-1], [1.0]])
-        self._block_size = max(self.BLOCK, int(2 / min(share.values())))
+        share = [*shares({x: n for x, n, _ in sizes}, alpha).values()]
+        self._below = np.array([0.0, *np.cumsum(share)[:-1], 1.0])
+        self._block_size = max(self.BLOCK, int(2 / min(share)))
 
     @lru_cache(maxsize=2)
     def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,7 @@
 """Pre-training objectives as pure NumPy functions of (tokens, rng): masked language modelling and span de-noising.
 
-The same tokens and the same generator state give the same example on any machine. `sample_rng` makes that state a
-function of (seed, stream, sample index): nothing has to be stored to resume, and ranks and workers do not matter.
-Only raw doubles are drawn, because NumPy keeps that stream fixed between versions.
+`sample_rng` makes the generator's state a function of (seed, stream, sample index): nothing has to be stored to resume,
+and machine, rank and worker do not matter. Only raw doubles are drawn: NumPy keeps that stream fixed between versions.
 Sources: Devlin et al. 2019 (MLM), Lewis et al. 2020 (de-noising, BART), Soltan et al. 2022 (AlexaTM 20B, by the
 paper's team: dropped spans), Raffel et al. 2020 (sentinels, T5).
 """
@@ -42,9 +41,8 @@ class SpecialIds:
 
 
 def sample_rng(seed: int, stream: int, index: int) -> Generator:
-    """The random numbers of sample `index` of a stream; those of distinct keys never overlap.
-
-    All three arguments are in 0 ... 2**64 - 1. A counter-based generator: Philox, Salmon et al. 2011.
+    """The random numbers of sample `index` of a stream; those of distinct keys never overlap. All three are in
+    0 ... 2**64 - 1. A counter-based generator: Philox, Salmon et al. 2011.
     """
     key, counter = np.array([seed, stream], np.uint64), np.array([0, 0, 0, index], np.uint64)
     return Generator(Philox(key=key, counter=counter))

@@ -147,16 +147,16 @@ class Document(NamedTuple):
     """A document as it lies in its file: lines of .txt, a line of JSON, or a value of parquet."""
 
     path: Path
-    number: int  # of its first line, or of its row
+    number: int  # of its first line, or its row
     raw: bytes
     text_field: str
 
     def text(self) -> str:
-        """The text. Raises InputError with file and line for bad UTF-8, JSON or a missing text."""
-        kind, place = _kind(self.path), f"{self.path}:{self.number}"
+        """Its text. Raises InputError with file and line for bad UTF-8, JSON or a missing text."""
+        place = f"{self.path}:{self.number}"
         try:
             text = self.raw.decode("utf-8-sig" if self.number == 1 else "utf-8")
-            if kind in ("txt", "parquet"):
+            if _kind(self.path) in ("txt", "parquet"):
                 return text
             row = json.loads(text)
             text = row[self.text_field or ("text" if "text" in row else "content")] or ""  # null is no text
@@ -165,9 +165,8 @@ class Document(NamedTuple):
         except UnicodeEncodeError:
             raise InputError(f"{place}: half a surrogate pair; fix or remove the line") from None
         except UnicodeDecodeError as error:
-            line = self.number + self.raw.count(b"\n", 0, error.start)
-            byte = f"byte {self.raw[error.start]:#04x}"
-            raise InputError(f"{self.path}:{line}: not UTF-8 ({byte}); convert the file") from None
+            line, byte = self.number + self.raw.count(b"\n", 0, error.start), self.raw[error.start]
+            raise InputError(f"{self.path}:{line}: not UTF-8 (byte {byte:#04x}); convert the file") from None
         except (ValueError, TypeError):
             raise InputError(f"{place}: not a JSON object; {ONE_A_LINE}") from None
         except (KeyError, AttributeError):
@@ -206,11 +205,10 @@ def _lines(path: Path, packed: io.BufferedReader, file: io.BufferedReader) -> It
     for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), b""), 1):
         if len(line) == MAX_LINE:
             raise InputError(f"{path}:{number}: a line of over {MAX_LINE >> 20} MB; break it up, {ONE_A_LINE}")
-        blank = line.isspace()
-        if document and (not is_text or blank or len(document) + len(line) > MAX_DOCUMENT):
+        if document and (not is_text or line.isspace() or len(document) + len(line) > MAX_DOCUMENT):
             yield first, bytes(document), packed.tell()
             document.clear()
-        if not blank:
+        if not line.isspace():
             first = first if document else number
             document += line
     if document:
