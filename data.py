@@ -129,7 +129,6 @@ def _encode(blocks: Iterable[list[Document]], n_workers: int, start_worker: tupl
 def read_meta(folder: Path) -> dict[str, dict]:
     """Language -> its numbers of documents, bytes and words, train and valid (shard -> tokens), seed, valid_fraction,
     text_field and the files it was made from (name -> bytes); {} for a language that is not finished.
-
     Raises InputError for a folder that data.py did not make.
     """
     if not folder.is_dir():  # a checkpoint's relative path starts where it was trained
@@ -315,15 +314,13 @@ class TokenData:
             names = ", ".join(x for x in meta if not meta[x]) or "every language"
             raise InputError(f"{folder}: not finished: {names}; {AGAIN.format(folder)}, or remove their <lang>.json")
         self.languages, self.seq_len, self.seed = list(meta), seq_len, seed
-        self.tokenizer_model = read_tokenizer(path)
-        self.tokenizer = load_tokenizer(self.tokenizer_model, path)
+        self.tokenizer_model = model = read_tokenizer(path)
+        self.tokenizer = load_tokenizer(model, path)
         self.ids = SpecialIds(self.tokenizer.vocab_size())
-        self.train, self.valid = (
-            {x: _Tokens(folder, x, meta[x][split], self.tokenizer_model, self.ids.vocab_size) for x in self.languages}
-            for split in ("train", "valid")
-        )
-        sizes = [[x, len(self.train[x]), len(self.valid[x])] for x in self.languages]
-        self.fingerprint = sha256(json.dumps(sizes).encode() + self.tokenizer_model).hexdigest()
+        tokens = lambda split: {x: _Tokens(folder, x, meta[x][split], model, self.ids.vocab_size) for x in meta}
+        self.train, self.valid = tokens("train"), tokens("valid")
+        sizes = [[x, len(self.train[x]), len(self.valid[x])] for x in meta]
+        self.fingerprint = sha256(json.dumps(sizes).encode() + model).hexdigest()
         for x, n, _ in sizes:
             if n < seq_len:
                 lack = f"{x!r} has {n} tokens to train on, but a row needs {seq_len}"
