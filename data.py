@@ -13,6 +13,7 @@ import argparse
 import json
 import mmap
 import os
+import shutil
 import tempfile
 import zlib
 from bisect import bisect_right
@@ -157,16 +158,20 @@ def _write_language(data_dir: Path, language: str, encoded: Iterator[tuple], mod
     """Writes a language's shards, then <lang>.json, which also holds `origin`: how they were made. It stays empty if no
     text is left to train on, or if none is held out though some should be.
     """
+    for leftover in data_dir.glob(f"{language}.*.tmp"):  # of a killed run
+        shutil.rmtree(leftover, ignore_errors=True)
     shards, totals = {"train": {}, "valid": {}}, np.zeros(3, np.int64)
-    for tokens, counts in encoded:
-        totals += counts
-        for split, piece in tokens.items():
-            _append(data_dir, f"{language}.{split}", shards[split], piece)
-    if not shards["train"] or (origin["valid_fraction"] and not shards["valid"]):
-        return
-    for shard, n in (shards["train"] | shards["valid"]).items():
-        with open(data_dir / shard, "r+b") as file:
-            file.write(_header(model, n))
+    with tempfile.TemporaryDirectory(prefix=f"{language}.", suffix=".tmp", dir=data_dir) as folder:
+        for tokens, counts in encoded:
+            totals += counts
+            for split, piece in tokens.items():
+                _append(Path(folder), f"{language}.{split}", shards[split], piece)
+        if not shards["train"] or (origin["valid_fraction"] and not shards["valid"]):
+            return
+        for shard, n in (shards["train"] | shards["valid"]).items():
+            with open(Path(folder) / shard, "r+b") as file:
+                file.write(_header(model, n))
+            (Path(folder) / shard).rename(data_dir / shard)
     counts = dict(zip(("documents", "bytes", "words"), totals.tolist()))
     _write_whole(data_dir / f"{language}.json", json.dumps(counts | shards | origin, indent=1).encode())
 

@@ -291,7 +291,7 @@ def test_a_killed_run_is_continued_by_the_same_command(text_dir, data_dir, scrip
         (tmp_path / "text" / f"{language}.txt").write_bytes((text_dir / f"{language}.txt").read_bytes() * 300)
     flags = ["text", "out", "--tokenizer", data_dir / "tokenizer.model", "--valid-fraction", "0.2"]
     run = subprocess.Popen([sys.executable, ROOT / "data.py", *flags], cwd=tmp_path, stdout=subprocess.PIPE)
-    while not [*(tmp_path / "out").glob("en.train.*.bin")]:
+    while not [*(tmp_path / "out").glob("en.*.tmp/en.train.*.bin")]:
         assert run.poll() is None
         time.sleep(0.01)
     run.kill()
