@@ -4,7 +4,6 @@ python eval.py enc.pt                                            # held-out loss
 python eval.py seq2seq.pt --task loss --data DATA --out results.jsonl
 python eval.py enc.pt --task fill "The river is <mask> in winter."
 python eval.py seq2seq.pt --task generate "The river frozen in winter." --beams 4
-python eval.py fused.pt --task fusion                            # the share of each encoder layer under --fusion
 python eval.py enc.pt seq2seq.pt --task cost                     # what they cost, and saved
 python eval.py enc.pt --task slots                               # fine-tunes and scores (tasks.py); also nli pos ner
 python eval.py seq2seq.pt --task parse --data DIR --seeds 3 --out results.jsonl    # also summ
@@ -13,7 +12,7 @@ python eval.py seq2seq.pt --task parse --data DIR --seeds 3 --out results.jsonl 
 import argparse
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -59,68 +58,24 @@ def encode_sentence(tokenizer: SentencePieceProcessor, text: str) -> Tensor:
 
 def show(tokenizer: SentencePieceProcessor, tokens: list[int]) -> str:
     """Tokens as text for a reader: <mask> and sentinels by name, document ends as a bar, no padding."""
-    ids, text, run = SpecialIds(tokenizer.vocab_size()), [], []
-    for token in [*tokens, None]:
-        if token is not None and token >= ids.ordinary:
-            run.append(token)
-            continue
-        if run:
-            text.append(tokenizer.decode(run))
-            run = []
-        if token not in (None, ids.pad, ids.bos):
-            text.append("|" if token == ids.eos else tokenizer.id_to_piece(token))
+    ids, text = SpecialIds(tokenizer.vocab_size()), []
+    for ordinary, run in groupby(tokens, lambda token: token >= ids.ordinary):
+        if ordinary:
+            text.append(tokenizer.decode(list(run)))
+        else:
+            shown = [token for token in run if token not in (ids.pad, ids.bos)]
+            text += ["|" if token == ids.eos else tokenizer.id_to_piece(token) for token in shown]
     return " ".join(text)
-
-
-def _check_length(src: Tensor, model: nn.Module) -> None:
-    if src.shape[1] > model.cfg.max_len:
-        has = f"the sentence has {src.shape[1]} tokens, but the model only {model.cfg.max_len} positions"
-        raise InputError(f"{has}; shorten it")
-
-
-@torch.no_grad()
-def fill(model: nn.Module, tokenizer: SentencePieceProcessor, text: str, top: int = 5) -> list[list[tuple[str, float]]]:
-    """The likeliest pieces for each <mask> of a sentence, with probabilities. Raises InputError if it has none."""
-    src = encode_sentence(tokenizer, text).to(trainer.device())
-    _check_length(src, model)
-    masked = src[0] == SpecialIds.mask  # [S]
-    if not masked.any():
-        raise InputError(f"{text!r}: no <mask> in the sentence to fill")
-    probabilities, pieces = model.logits(src)[0, masked].softmax(-1).topk(top)
-    return [
-        [(tokenizer.id_to_piece(i).replace("▁", " "), p) for i, p in zip(row.tolist(), ps.tolist())]
-        for row, ps in zip(pieces, probabilities)
-    ]
 
 
 def rebuild(model: nn.Module, src: Tensor, beams: int) -> list[int]:  # [1, S] -> [T]
     """What a seq2seq model makes of a source, by greedy or beam search."""
-    _check_length(src, model)
     max_new = 2 * src.shape[1] + 10  # a clean row is a fifth longer than its source: twice leaves room
     special = dict(bos=SpecialIds.bos, eos=SpecialIds.eos, pad=SpecialIds.pad)
-    return generate(model, src.to(trainer.device()), **special, max_new=max_new, beams=beams)[0].tolist()
+    return generate(model, src, **special, max_new=max_new, beams=beams)[0].tolist()
 
 
 # A checkpoint and its held-out data --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A checkpoint under evaluation, with the held-out rows and the objective it is measured by."""
-
-    model: nn.Module
-    checkpoint: dict
-    settings: dict
-    data: TokenData
-    languages: list[str]
-    objective: trainer.Objective
-
-
-def open_model(path: Path, *kinds: str) -> tuple[nn.Module, dict, SentencePieceProcessor]:
-    """Model on its device, checkpoint and tokenizer."""
-    trainer.keep_memory()
-    model, checkpoint = load_model(path, *kinds)
-    return model.to(trainer.device()), checkpoint, load_tokenizer(checkpoint["tokenizer"], path)
 
 
 def settings_of(checkpoint: dict) -> dict:
@@ -132,10 +87,10 @@ def settings_of(checkpoint: dict) -> dict:
     return settings
 
 
-def open_subject(args: argparse.Namespace, *kinds: str) -> Subject:
-    """Opens the checkpoint of the command line. Raises InputError if data or languages do not fit it."""
-    model, checkpoint, _ = open_model(args.checkpoint, *kinds)
-    settings = settings_of(checkpoint)
+def open_held_out(
+    args: argparse.Namespace, checkpoint: dict, settings: dict
+) -> tuple[TokenData, list[str], trainer.Objective]:
+    """Data, languages and objective to measure a checkpoint by. Raises InputError if they do not fit it."""
     folder = str(args.data or settings["data"])
     data = open_data(folder, settings["seq_len"])
     if data.tokenizer_model != checkpoint["tokenizer"]:
@@ -145,84 +100,85 @@ def open_subject(args: argparse.Namespace, *kinds: str) -> Subject:
             raise InputError(f"--langs {language}: not in the data, which has {' '.join(data.languages)}")
     config, make = OBJECTIVES[checkpoint["kind"]]
     same = {"clm_fraction": 0.0, "mask_prob": SCORED.mask_prob}  # so that losses of two models can be compared
-    objective = make(data.ids, build(config, settings | same))
-    return Subject(model, checkpoint, settings, data, args.langs or data.languages, objective)
+    return data, args.langs or data.languages, make(data.ids, build(config, settings | same))
+
+
+def about(args: argparse.Namespace, checkpoint: dict) -> dict:
+    """What a line of --out says of the checkpoint."""
+    return {"checkpoint": str(args.checkpoint), "kind": checkpoint["kind"], "history": checkpoint["history"]}
 
 
 # The evaluations ---------------------------------------------------------------------------------------------------
 
 
-def print_losses(args: argparse.Namespace) -> Subject:
-    """The held-out loss of each language; every number goes to --out."""
-    subject = open_subject(args)
-    data, checkpoint = subject.data, subject.checkpoint
+def print_losses(args: argparse.Namespace) -> None:
+    """The held-out loss of each language; every number goes to --out. Without --task, also a sample of each."""
+    model, checkpoint = load_model(args.checkpoint)
+    model, settings = model.to(trainer.device()), settings_of(checkpoint)
+    data, languages, objective = open_held_out(args, checkpoint, settings)
     if args.out:
         append_json(args.out)  # fails now rather than at the end
-    losses = trainer.held_out_loss(subject.model, data, subject.languages, subject.objective, subject.settings["dtype"])
+    losses = trainer.held_out_loss(model, data, languages, objective, settings["dtype"])
     entropies = {language: data.unigram_entropy(language) for language in losses}
     print("language   rows   loss  perplexity  unigram entropy")
     for language, loss in losses.items():
         perplexity = math.exp(loss) if loss < 700 else math.inf  # a diverged model's overflows a double
-        print(
-            f"{language:8} {data.n_valid_rows(language):6} {loss:6.3f} {perplexity:11.1f} {entropies[language]:16.3f}"
-        )
-        about = {"checkpoint": str(args.checkpoint), "kind": checkpoint["kind"], "history": checkpoint["history"]}
-        numbers = {"loss": loss, "unigram_entropy": entropies[language]}
+        entropy = entropies[language]
+        print(f"{language:8} {data.n_valid_rows(language):6} {loss:6.3f} {perplexity:11.1f} {entropy:16.3f}")
         if args.out:
-            append_json(args.out, about | {"task": "loss", "language": language} | numbers)
+            numbers = {"task": "loss", "language": language, "loss": loss, "unigram_entropy": entropy}
+            append_json(args.out, about(args, checkpoint) | numbers)
     mean, entropy = (sum(x.values()) / len(x) for x in (losses, entropies))
     print(f"mean            {mean:6.3f} {'':11} {entropy:16.3f}")
-    return subject
+    for language in [] if args.task else languages:
+        print_sample(model, data, language, objective, args.beams)
 
 
-def print_losses_and_samples(args: argparse.Namespace) -> None:
-    """Held-out losses, and the start of one held-out row in each language: damaged, repaired and original."""
-    subject = print_losses(args)
-    model, data = subject.model, subject.data
-    for language in subject.languages:
-        row = data.valid_row(language, 0)[:64]
-        example = subject.objective(row, sample_rng(0, VALID_NOISE, 0))
-        src = torch.from_numpy(example["src"])[None].to(trainer.device())  # [1, S]
-        if subject.checkpoint["kind"] == "encoder":
-            with torch.no_grad():
-                best = model.logits(src)[0].argmax(-1)
-            asked = torch.from_numpy(example["labels"] != trainer.IGNORE)
-            repaired = torch.where(asked, best.cpu(), src[0].cpu()).tolist()
-        else:
-            repaired = rebuild(model, src, args.beams)[: len(row)]  # a row has no end to stop at
-        print()
-        for title, tokens in (("given", src[0].tolist()), ("model", repaired), ("text", row.tolist())):
-            print(f"{language} {title:5}  {show(data.tokenizer, tokens)}")
+@torch.no_grad()
+def print_sample(model: nn.Module, data: TokenData, language: str, objective: trainer.Objective, beams: int) -> None:
+    """The start of a held-out row: damaged, repaired and original."""
+    row = data.valid_row(language, 0)[:64]
+    example = objective(row, sample_rng(0, VALID_NOISE, 0))
+    src = torch.from_numpy(example["src"])[None].to(trainer.device())  # [1, S]
+    if "labels" in example:
+        best = model.logits(src)[0].argmax(-1)
+        asked = torch.from_numpy(example["labels"] != trainer.IGNORE)
+        repaired = torch.where(asked, best.cpu(), src[0].cpu()).tolist()
+    else:
+        repaired = rebuild(model, src, beams)[: len(row)]  # a row has no end to stop at
+    print()
+    for title, tokens in (("given", src[0].tolist()), ("model", repaired), ("text", row.tolist())):
+        print(f"{language} {title:5}  {show(data.tokenizer, tokens)}")
 
 
+def open_sentence(args: argparse.Namespace, kind: str) -> tuple[nn.Module, SentencePieceProcessor, Tensor]:
+    """Model, tokenizer and the sentence of the command line [1, S]. Raises InputError if it is too long."""
+    model, checkpoint = load_model(args.checkpoint, kind)
+    tokenizer = load_tokenizer(checkpoint["tokenizer"], args.checkpoint)
+    src = encode_sentence(tokenizer, args.more[0])
+    if src.shape[1] > model.cfg.max_len:
+        has = f"the sentence has {src.shape[1]} tokens, but the model only {model.cfg.max_len} positions"
+        raise InputError(f"{has}; shorten it")
+    return model.to(trainer.device()), tokenizer, src.to(trainer.device())
+
+
+@torch.no_grad()
 def print_fill(args: argparse.Namespace) -> None:
-    """The likeliest pieces for each <mask> of a sentence."""
-    model, _, tokenizer = open_model(args.checkpoint, "encoder")
-    for k, row in enumerate(fill(model, tokenizer, args.more[0]), 1):
-        print(f"<mask> {k}: " + "  ".join(f"{piece!r} {p:.3f}" for piece, p in row))
+    """The five likeliest pieces for each <mask> of a sentence, with probabilities."""
+    model, tokenizer, src = open_sentence(args, "encoder")
+    masked = src[0] == SpecialIds.mask  # [S]
+    if not masked.any():
+        raise InputError(f"{args.more[0]!r}: no <mask> in the sentence to fill")
+    best = model.logits(src)[0, masked].softmax(-1).topk(5)
+    for k, (probabilities, pieces) in enumerate(zip(best.values.tolist(), best.indices.tolist()), 1):
+        texts = [tokenizer.id_to_piece(piece).replace("▁", " ") for piece in pieces]
+        print(f"<mask> {k}: " + "  ".join(f"{text!r} {p:.3f}" for text, p in zip(texts, probabilities)))
 
 
 def print_generated(args: argparse.Namespace) -> None:
     """What a seq2seq model makes of a sentence."""
-    model, _, tokenizer = open_model(args.checkpoint, "seq2seq")
-    print(show(tokenizer, rebuild(model, encode_sentence(tokenizer, args.more[0]), args.beams)))
-
-
-@torch.no_grad()
-def print_fusion(args: argparse.Namespace) -> None:
-    """Mean share of each encoder layer in what the decoder sees, over the source tokens of held-out rows."""
-    subject = open_subject(args, "seq2seq")
-    model, data = subject.model, subject.data
-    if not model.cfg.fusion:
-        raise InputError(f"{args.checkpoint}: trained without --fusion, so it has no layer weights to show")
-    print("language  " + " ".join(f"layer {k + 1:2}" for k in range(model.cfg.n_encoder_layers)))
-    for language in subject.languages:
-        examples = trainer.valid_examples(data, language, subject.objective, at_most=64)
-        batch = trainer.collate(examples, data.ids.pad)
-        src, mask = batch["src"], batch.get("src_mask")
-        weights = model.encoder(model.embed(src), mask, model.fusion.weights)  # [layers, B, S]
-        real = torch.ones_like(src, dtype=torch.bool) if mask is None else mask  # [B, S]
-        print(f"{language:8}  " + " ".join(f"{p:8.3f}" for p in weights[:, real].mean(1).tolist()))
+    model, tokenizer, src = open_sentence(args, "seq2seq")
+    print(show(tokenizer, rebuild(model, src, args.beams)))
 
 
 def print_cost(args: argparse.Namespace) -> None:
@@ -234,10 +190,7 @@ def print_cost(args: argparse.Namespace) -> None:
         for stage in [*history, total]:
             cost = f"{stage['tokens']:15,} {stage['flops']:10.3g} {stage['seconds'] / 3600:8.2f}"
             print(f"  {stage['stage']:10} {stage['steps']:9,} {cost}")
-        try:
-            steps, both = scratch_flops(history)
-        except KeyError as missing:
-            raise InputError(f"{path}: its history lacks {missing}, so its cost is unknown; train it again") from None
+        steps, both = scratch_flops(history)
         if not both:
             print("  one model so far: nothing to compare\n")
             continue
@@ -260,22 +213,17 @@ def run_task(args: argparse.Namespace) -> None:
         chosen = np.random.default_rng(0).permutation(len(train))[: args.n_train]
         train = [train[i] for i in sorted(chosen)]
     tokenizer = load_tokenizer(checkpoint["tokenizer"], args.checkpoint)
-    dtype = settings_of(checkpoint)["dtype"]
-    how = dict(
-        epochs=args.epochs, batch_size=args.batch_size, freeze=args.freeze_encoder, beams=args.beams, dtype=dtype
-    )
-    job = tasks.Job(args.task, train, dev, tokenizer, SpecialIds(tokenizer.vocab_size()), **how, cut=args.cut)
-    about = dict(
-        checkpoint=str(args.checkpoint), kind=checkpoint["kind"], history=checkpoint["history"], task=args.task
-    )
-    about |= dict(data=str(folder), train_lang=args.train_lang, n_train=len(train), **how, cut=args.cut)
+    how = dict(epochs=args.epochs, batch_size=args.batch_size, freeze=args.freeze_encoder, beams=args.beams)
+    how |= dict(dtype=settings_of(checkpoint)["dtype"], cut=args.cut)
+    job = tasks.Job(args.task, train, dev, tokenizer, SpecialIds(tokenizer.vocab_size()), **how)
+    set_up = dict(task=args.task, data=str(folder), train_lang=args.train_lang, n_train=len(train)) | how
     lrs, results = args.lr or [default_lr(body.cfg.d_model)], []
     if args.out:
         append_json(args.out)
     for result in tasks.evaluate(job, body, lrs, args.seeds, test):
         results.append(result)
         if args.out:
-            append_json(args.out, about | result)
+            append_json(args.out, about(args, checkpoint) | set_up | result)
     tasks.print_scores(args.task, results, args.train_lang)
 
 
@@ -284,11 +232,10 @@ def run_task(args: argparse.Namespace) -> None:
 FINE_TUNING = ("data", "langs", "out", "train_lang", "n_train", "seeds", "lr", "epochs", "batch_size", "freeze_encoder")
 Command = tuple[Callable[[argparse.Namespace], object], tuple[str, ...], str]
 COMMANDS: dict[str | None, Command] = {  # task -> what it runs, the flags that affect it, what follows the checkpoint
-    None: (print_losses_and_samples, ("data", "langs", "out", "beams"), "nothing else"),
+    None: (print_losses, ("data", "langs", "out", "beams"), "nothing else"),
     "loss": (print_losses, ("data", "langs", "out"), "nothing else"),
     "fill": (print_fill, (), "one sentence, in quotes"),
     "generate": (print_generated, ("beams",), "one sentence, in quotes"),
-    "fusion": (print_fusion, ("data", "langs"), "nothing else"),
     "cost": (print_cost, (), "checkpoints"),
 }
 
@@ -340,6 +287,7 @@ def parse_flags() -> argparse.Namespace:
 def main() -> None:
     args = parse_flags()
     if rank() == 0:  # torchrun may have started more processes: one does it all
+        trainer.keep_memory()
         command_of(args.task)[0](args)
 
 

@@ -377,7 +377,9 @@ def evaluate(job: Job, body: nn.Module, lrs: list[float], n_seeds: int, test: di
 
 
 def mean_sd(values: list[float], digits: int = 2) -> str:
-    """The mean over runs and, if there is more than one, their standard deviation."""
+    """The mean over runs and, if there is more than one, their standard deviation; "-" if there is none."""
+    if not values:
+        return "-"
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
 

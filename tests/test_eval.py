@@ -109,9 +109,10 @@ def test_fill_gives_the_likeliest_pieces(command, checkpoints, tokenizer, ids, c
     model, _ = load_model(checkpoints / "enc.pt")
     src = evaluation.encode_sentence(tokenizer, "the <mask> is <mask>")
     first = int((src[0] == ids.mask).nonzero()[0])
-    best = model.logits(src)[0, first].softmax(-1).max()
-    (piece, probability), *rest = evaluation.fill(model, tokenizer, "the <mask> is <mask>")[0]
-    assert probability == pytest.approx(best.item()) and len(rest) == 4 and f"{piece!r}" in lines[0]
+    best = model.logits(src)[0, first].softmax(-1)
+    pieces = re.findall(r"('[^']+') ([\d.]+)", lines[0])
+    assert pieces[0] == (repr(tokenizer.id_to_piece(best.argmax().item()).replace("▁", " ")), f"{best.max():.3f}")
+    assert len(pieces) == 5
 
 
 def test_generate_rebuilds_what_it_was_taught(command, data_dir, tmp_path, capsys, tokenizer, ids):
@@ -163,8 +164,6 @@ def test_without_a_task_it_shows_losses_and_samples(command, checkpoints, capsys
         (["enc.pt", "--task", "fill", "no", "quotes"], "--task fill takes a checkpoint and one sentence, in quotes"),
         (["enc.pt", "a sentence"], "--task loss takes a checkpoint and nothing else"),
         (["enc.pt", "nowhere.pt", "--task", "cost"], "nowhere.pt: no such file"),
-        (["enc.pt", "--task", "fusion"], "of kind 'encoder', not seq2seq"),
-        (["seq2seq.pt", "--task", "fusion"], "seq2seq.pt: trained without --fusion"),
         (["enc.pt", "--task", "fill", "<mask> " * 40], "but the model only 32 positions; shorten it"),
         (["enc.pt", "--langs", "xx"], "--langs xx: not in the data, which has de en hi"),
         (["enc.pt", "--data", "nowhere"], "nowhere: no such folder"),
@@ -185,20 +184,7 @@ def test_data_of_another_tokenizer_is_refused(command, checkpoints, text_dir):
         command(evaluation, "enc.pt", "--data", "other")
 
 
-# Fusion and cost ---------------------------------------------------------------------------------------------------
-
-
-def test_fusion_weights_of_each_layer(command, data_dir, checkpoints, capsys):
-    flags = ["--data", data_dir, *ROWS, "--init", "enc.pt", "--fusion", "--unfreeze-at", 1, "--clm-fraction", 0.2]
-    for steps, name in ((0, "new.pt"), (3, "trained.pt")):
-        command(train_seq2seq, *flags, "--lr", 0.3, "--steps", steps, "--out", name)
-        capsys.readouterr()
-        command(evaluation, name, "--task", "fusion", "--langs", "hi", "en")
-        head, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-        assert head[0] == "language" and [row[0] for row in rows] == ["hi", "en"]
-        shares = [[float(x) for x in row[1:]] for row in rows]
-        assert all(len(row) == 2 and sum(row) == pytest.approx(1, abs=2e-3) for row in shares)
-        assert (shares[0] == [0.5, 0.5]) == (steps == 0)
+# Cost ---------------------------------------------------------------------------------------------------------------
 
 
 def cost(command, capsys, *arguments) -> list[str]:
@@ -230,11 +216,6 @@ def test_cost_adds_up_over_the_ancestry(command, data_dir, checkpoints, capsys):
     two["history"].insert(0, {**two["history"][0], "steps": 1})  # an encoder trained in two goes
     torch.save(two, checkpoints / "goes.pt")
     assert "both from scratch, 3 updates each" in cost(command, capsys, "goes.pt")[6]
-    two = torch.load(checkpoints / "two.pt", weights_only=True)
-    del two["history"][0]["thawed_flops"]
-    torch.save(two, checkpoints / "poor.pt")
-    with pytest.raises(InputError, match=r"poor\.pt: its history lacks 'thawed_flops'"):
-        cost(command, capsys, "poor.pt")
 
 
 @pytest.mark.parametrize("flags", [["--noise", "sentinel"], ["--noise", "mask"], ["--clm-fraction", 0.5]])

@@ -77,8 +77,9 @@ def write(name, rows):
 
 
 @pytest.fixture
-def losses():
+def losses(monkeypatch, tmp_path):
     """Of the model from scratch and of three points of a sweep, one of them from a second seed too."""
+    monkeypatch.chdir(tmp_path)
     found = [result("bart-12e12d", language=x, loss=y) for x, y in (("en", 1.0), ("de", 3.0))]
     found += [result("2stage-bart-12e12d-unfrz", 0.5, loss=9.0)]  # made again below
     found += [result("2stage-bart-12e12d-unfrz", 0.5, loss=2.0), result("2stage-bart-12e12d", 1.0, loss=4.0)]
