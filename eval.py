@@ -11,6 +11,7 @@ python eval.py seq2seq.pt --task parse --data DIR --seeds 3 --out results.jsonl 
 
 import argparse
 import math
+import re
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
@@ -43,17 +44,10 @@ MARK = "\ufdd0"  # stands for <mask> while a sentence is encoded: a code point t
 
 def encode_sentence(tokenizer: SentencePieceProcessor, text: str) -> Tensor:
     """Tokens [1, S] of a sentence and its closing </s>; each "<mask>", with the space before it, is one token."""
-    ids = SpecialIds(tokenizer.vocab_size())
-    mark = [tokenizer.piece_to_id(f"<0x{byte:02X}>") for byte in MARK.encode()]
-    space, tokens = tokenizer.piece_to_id("▁"), []
-    for token in tokenizer.encode(text.replace("<mask>", MARK)):
-        tokens.append(token)
-        if tokens[-len(mark) :] == mark:
-            del tokens[-len(mark) :]
-            if tokens[-1:] == [space]:
-                tokens.pop()
-            tokens.append(ids.mask)
-    return torch.tensor([tokens + [ids.eos]])
+    mark = " ".join(f"<0x{byte:02X}>" for byte in MARK.encode())  # the pieces of its bytes
+    pieces = " ".join(tokenizer.encode(text.replace("<mask>", MARK), out_type=str))
+    pieces = re.sub(rf"((?<!\S)▁ )?{mark}", "<mask>", pieces).split(" ") if pieces else []
+    return torch.tensor([[*map(tokenizer.piece_to_id, pieces), SpecialIds.eos]])
 
 
 def show(tokenizer: SentencePieceProcessor, tokens: list[int]) -> str:
@@ -103,11 +97,6 @@ def open_held_out(
     return data, args.langs or data.languages, make(data.ids, build(config, settings | same))
 
 
-def about(args: argparse.Namespace, checkpoint: dict) -> dict:
-    """What a line of --out says of the checkpoint."""
-    return {"checkpoint": str(args.checkpoint), "kind": checkpoint["kind"], "history": checkpoint["history"]}
-
-
 # The evaluations ---------------------------------------------------------------------------------------------------
 
 
@@ -118,6 +107,7 @@ def print_losses(args: argparse.Namespace) -> None:
     data, languages, objective = open_held_out(args, checkpoint, settings)
     if args.out:
         append_json(args.out)  # fails now rather than at the end
+    about = {"checkpoint": str(args.checkpoint), "kind": checkpoint["kind"], "history": checkpoint["history"]}
     losses = trainer.held_out_loss(model, data, languages, objective, settings["dtype"])
     entropies = {language: data.unigram_entropy(language) for language in losses}
     print("language   rows   loss  perplexity  unigram entropy")
@@ -127,7 +117,7 @@ def print_losses(args: argparse.Namespace) -> None:
         print(f"{language:8} {data.n_valid_rows(language):6} {loss:6.3f} {perplexity:11.1f} {entropy:16.3f}")
         if args.out:
             numbers = {"task": "loss", "language": language, "loss": loss, "unigram_entropy": entropy}
-            append_json(args.out, about(args, checkpoint) | numbers)
+            append_json(args.out, about | numbers)
     mean, entropy = (sum(x.values()) / len(x) for x in (losses, entropies))
     print(f"mean            {mean:6.3f} {'':11} {entropy:16.3f}")
     for language in [] if args.task else languages:
@@ -216,14 +206,15 @@ def run_task(args: argparse.Namespace) -> None:
     how = dict(epochs=args.epochs, batch_size=args.batch_size, freeze=args.freeze_encoder, beams=args.beams)
     how |= dict(dtype=settings_of(checkpoint)["dtype"], cut=args.cut)
     job = tasks.Job(args.task, train, dev, tokenizer, SpecialIds(tokenizer.vocab_size()), **how)
-    set_up = dict(task=args.task, data=str(folder), train_lang=args.train_lang, n_train=len(train)) | how
+    about = {"checkpoint": str(args.checkpoint), "kind": checkpoint["kind"], "history": checkpoint["history"]}
+    about |= dict(task=args.task, data=str(folder), train_lang=args.train_lang, n_train=len(train)) | how
     lrs, results = args.lr or [default_lr(body.cfg.d_model)], []
     if args.out:
         append_json(args.out)
     for result in tasks.evaluate(job, body, lrs, args.seeds, test):
         results.append(result)
         if args.out:
-            append_json(args.out, about(args, checkpoint) | set_up | result)
+            append_json(args.out, about | result)
     tasks.print_scores(args.task, results, args.train_lang)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from glob import glob
-from itertools import accumulate, chain
+from itertools import accumulate, groupby
 from pathlib import Path
 
 from cli import InputError
@@ -32,6 +32,8 @@ FIELDS = {  # task -> field -> its names in the releases; the columns of a file 
 }  # fmt: skip
 MTOP = ["id", "intent", "slots", "utterance", "domain", "locale", "tree", "tokens"]  # its columns
 CONLL = (".conllu", ".conll")  # columns: number, word, lemma or intent, tag
+NO_WORD = re.compile(r"#|\d+[-.]\d+\t")  # of CoNLL-U: a comment, a range of words (1-2), an empty node (5.1)
+IN_CSV = re.compile(r'"([^"]|"")*""([^"]|"")*"')  # a field with quotes in it, as csv writers quote it
 FORMATS = (*CONLL, ".bio", ".parquet", ".jsonl", ".json", ".tsv", ".txt", "")  # if two files share a name, the first
 NEEDED = "columns must be separated by tabs and have labels (XTREME's test files have none); use another file"
 CODE = "[A-Za-z]{2,3}(?:[-_][A-Za-z]{2,})*"  # of a language: en, EN, gsw, zh-classical
@@ -88,17 +90,15 @@ def rows(path: Path) -> Iterator[tuple[int, dict | list[str]]]:
     if path.suffix == ".parquet":
         yield from parquet_rows(path)
         return
-    in_csv = re.compile(r'"([^"]|"")*""([^"]|"")*"')  # a field with quotes in it, as csv writers quote it
+    is_json = unpacked(path).suffix in (".json", ".jsonl")
     for number, line in lines(path):
-        if not line.strip():
-            continue
-        if unpacked(path).suffix not in (".json", ".jsonl"):
-            yield number, [x[1:-1].replace('""', '"') if in_csv.fullmatch(x) else x for x in line.split("\t")]
-            continue
-        try:
-            yield number, dict(json.loads(line))
-        except (ValueError, TypeError):
-            raise InputError(f"{path}:{number}: not a JSON object; write one per line") from None
+        if line.strip() and is_json:
+            try:
+                yield number, dict(json.loads(line))
+            except (ValueError, TypeError):
+                raise InputError(f"{path}:{number}: not a JSON object; write one per line") from None
+        elif line.strip():
+            yield number, [x[1:-1].replace('""', '"') if IN_CSV.fullmatch(x) else x for x in line.split("\t")]
 
 
 # Items -------------------------------------------------------------------------------------------------------------
@@ -134,22 +134,21 @@ def records(task: str, path: Path) -> Iterator[tuple[int, dict]]:
 
 def sentences(task: str, path: Path) -> Iterator[tuple[int, dict]]:
     """Numbered sentences of a file with one word per line: columns as in CONLL, or the word first and its tag last."""
-    conll, width, first, block = unpacked(path).suffix in CONLL, 0, 0, []
-    for number, line in chain(lines(path), [(0, "")]):
-        row = line.split("\t")
-        if block and not line.strip():
-            words, tags = ([row[i] for row in block] for i in ((1, 3) if conll else (0, -1)))
-            yield first, {"words": words, "tags": tags, "label": block[0][2] if task == "slots" else ""}
-            block = []
-        elif line.strip() and not (conll and re.match(r"#|\d+[-.]\d+\t", line)):  # comments, 1-2, 5.1: not words
+    conll, width = unpacked(path).suffix in CONLL, 0
+    needed = "number, word, lemma or intent, tag" if conll else "word, tag"
+    for blank, group in groupby(lines(path), lambda numbered: not numbered[1].strip()):
+        block = [(number, line.split("\t")) for number, line in group if not (conll and NO_WORD.match(line))]
+        if blank or not block:
+            continue
+        for number, row in block:
             if not width and not conll and len(row) > 2:
                 print(f"{path}: tags taken from the last of {len(row)} columns")
             width = width or len(row)
             if len(row) != width or width < 2 + 2 * conll or (conll and not row[0].isdigit()):
-                needed = "number, word, lemma or intent, tag" if conll else "word, tag"
                 raise InputError(f"{path}:{number}: not {needed}; {NEEDED}")
-            first = first if block else number
-            block.append(row)
+        words, tags = ([row[i] for _, row in block] for i in ((1, 3) if conll else (0, -1)))
+        number, row = block[0]
+        yield number, {"words": words, "tags": tags, "label": row[2] if task == "slots" else ""}
 
 
 def well_formed(tree: str) -> bool:

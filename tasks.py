@@ -332,21 +332,22 @@ def finetune(job: Job, body: nn.Module, lr: float, seed: int) -> tuple[float, Ta
 
 def count_cut(job: Job, max_len: int, test: dict[str, list[Item]]) -> None:
     """Prints how many texts are longer than the model reads or writes. Raises InputError for targets unless job.cut."""
-    limit = 0  # on what it writes: set by the training set
+
+    def lengths(texts: list[list[str]]) -> list[int]:
+        return [sum(len(pieces) + 1 for pieces in job.tokenizer.encode(text)) for text in texts]
+
+    written = min(max(lengths([[item.label] for item in job.train])) + 10, max_len)  # tokens at most, by a Writer
     for name, items in [("train", job.train), ("dev", job.dev), *((f"{x} test", items) for x, items in test.items())]:
-        sources = [item.words for item in items if not item.tags]  # a tagged sentence is read in windows
-        targets = [[item.label] for item in items if job.task in GENERATION]
-        for what, texts in (("pairs" if job.task == "nli" else "sources", sources), ("targets", targets)):
-            lengths = [sum(len(pieces) + 1 for pieces in job.tokenizer.encode(text)) for text in texts]
-            long = sum(length > max_len for length in lengths)
-            line = f"{name}: {long:,} of {len(texts):,} {what} are longer than the model's {max_len} positions"
-            if long and what == "targets" and not job.cut:
-                raise InputError(f"{line}; pre-train with --seq-len {max(lengths)} or more, or pass --cut")
-            if long and (what != "targets" or not limit):
-                print(f"{line}, and cut")
-        if limit and (long := sum(length > limit for length in lengths)):
-            print(f"{name}: {long:,} of {len(items):,} targets are longer than the {limit} tokens generated at most")
-        limit = limit or min(max(lengths, default=0) + 10, max_len)
+        sources = lengths([item.words for item in items if not item.tags])  # a tagged sentence is read in windows
+        if long := sum(n > max_len for n in sources):
+            what = "pairs" if job.task == "nli" else "sources"
+            print(f"{name}: {long:,} of {len(items):,} {what} are longer than the model's {max_len} positions, and cut")
+        targets = lengths([[item.label] for item in items if job.task in GENERATION])
+        if (long := sum(n > max_len for n in targets)) and not job.cut:
+            what = f"{long:,} of {len(items):,} targets are longer than the model's {max_len} positions"
+            raise InputError(f"{name}: {what}; pre-train with --seq-len {max(targets)} or more, or pass --cut")
+        if long := sum(n > written for n in targets):
+            print(f"{name}: {long:,} of {len(items):,} targets are longer than the {written} tokens written at most")
 
 
 def evaluate(job: Job, body: nn.Module, lrs: list[float], n_seeds: int, test: dict[str, list[Item]]) -> Iterator[dict]:

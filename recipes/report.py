@@ -1,4 +1,4 @@
-"""The paper's claims and its two tables, the curve of --unfreeze-at, and figures, from the results of eval.py.
+"""The paper's claims and its two tables, the sweep of --unfreeze-at and a figure, from the results of eval.py.
 
 python recipes/report.py runs/mini/results.jsonl --out REPORT    # one or more files
 
@@ -209,11 +209,11 @@ def tables(results: list[dict]) -> str:
     return text
 
 
-def plot_pairs(results: list[dict], out: Path) -> str:
+def plot_pairs(results: list[dict], out: Path) -> bool:
     """Held-out loss of each seq2seq model against the FLOPs of the pair: two stages, and both models from scratch.
 
     A pair from scratch is a model without a first stage, and an encoder with as many updates, each at the cost of one
-    of roberta-12e. Returns the figure's name, or "" if there is nothing to compare.
+    of roberta-12e. Returns whether there is anything to compare.
     """
     from matplotlib.figure import Figure  # pyplot would keep every figure it makes in memory
 
@@ -226,7 +226,7 @@ def plot_pairs(results: list[dict], out: Path) -> str:
             name = "both from scratch" if alone else r["row"]
             runs.setdefault(name, {}).setdefault(r["flops"] + encoder, []).append(r)
     if len(runs) < 2:
-        return ""
+        return False
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for name, points in sorted(runs.items()):
@@ -235,35 +235,7 @@ def plot_pairs(results: list[dict], out: Path) -> str:
     axes.set(xlabel="FLOPs of the encoder and the seq2seq model", ylabel="held-out loss of the seq2seq model, nats")
     axes.legend(fontsize="small")
     figure.savefig(out / "pairs.png", dpi=120)
-    return "pairs.png"
-
-
-def plot_sweep(results: list[dict], out: Path) -> str:
-    """Plots loss and scores against the point of unfreezing, beside the model from scratch. Returns its file name."""
-    from matplotlib.figure import Figure
-
-    def mean_and_sd(runs: list[float]) -> tuple[float, float]:
-        return statistics.mean(runs), statistics.stdev(runs) if len(runs) > 1 else 0.0
-
-    if not (swept := sweep(results)):
-        return ""
-    tasks = [task for task in ("loss", *GENERATION) if select(swept, task=task)]
-    figure = Figure(figsize=(5.5 * len(tasks), 4), layout="constrained")
-    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks):
-        scored = select(swept, task=task)
-        points = sorted({r["unfreeze_at"] for r in scored})
-        means = [mean_and_sd(by_run(select(scored, unfreeze_at=point))) for point in points]
-        axes.errorbar(points, *zip(*means), fmt="o-", capsize=3, label="two stages")
-        scratch = select(results, row="bart-12e12d", table="seq2seq", task=task)
-        if scratch := [r for r in scratch if r["pretrained"] in {r["pretrained"] for r in swept}]:
-            mean, sd = mean_and_sd(by_run(scratch))
-            axes.axhline(mean, linestyle="--", label="from scratch")
-            axes.axhspan(mean - sd, mean + sd, alpha=0.2)
-        label = "held-out loss, nats" if task == "loss" else f"{task}, {METRICS[task][0]}, %"
-        axes.set(xlabel="--unfreeze-at", ylabel=label)
-        axes.legend()
-    figure.savefig(out / "unfreeze-at.png", dpi=120)
-    return "unfreeze-at.png"
+    return True
 
 
 def main() -> None:
@@ -275,10 +247,10 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "tables.md").write_text(tables(results), "utf-8")
     try:
-        figures = [plot(results, args.out) for plot in (plot_pairs, plot_sweep)]
-        print(f"{args.out}: {', '.join(['tables.md', *filter(None, figures)])}")
+        figure = plot_pairs(results, args.out)
+        print(f"{args.out}: tables.md{', pairs.png' * figure}")
     except ImportError:
-        print(f"{args.out / 'tables.md'} written; for figures: pip install matplotlib")
+        print(f"{args.out / 'tables.md'} written; for the figure: pip install matplotlib")
 
 
 if __name__ == "__main__":

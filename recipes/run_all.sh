@@ -4,7 +4,7 @@
 #   recipes/run_all.sh --plan                              # what is left to do, and about how long it takes
 #   recipes/run_all.sh                                     # does it; if stopped, the same command continues
 #   SCALE=mini DATA=DATA TASKS=TASKS recipes/run_all.sh    # TASKS holds udpos ner slots nli parse summ, or some of them
-#   python recipes/report.py runs/mini*/results.jsonl --out OUT   # tables and figures of the results so far
+#   python recipes/report.py runs/mini*/results.jsonl --out OUT   # tables and a figure of the results so far
 #
 # Tasks are fine-tuned on TRAIN_LANG (en) and scored in the languages of the data folder that have a test set.
 #
@@ -29,10 +29,16 @@ esac
 LANGS=$(cd "${DATA:-$CODE/sample/text}" && ls | sed -nE 's/^([^.]+)\.(train.*bin|txt)$/\1/p')
 declare -A TESTED # task -> the languages of the data folder that have a test set of it, as eval.py finds them
 for task in pos ner slots nli parse summ; do
-  TESTED[$task]=$(cd "$CODE" && python -c "import contextlib, pathlib, sys, task_data
-with contextlib.redirect_stdout(None):
-    sets = task_data.find_splits(sys.argv[1], pathlib.Path(sys.argv[2]), sys.argv[3])['test']
-print(*sorted(sets.keys() & sys.argv[4:]))" $task "$TASKS/${task/pos/udpos}" $TRAIN_LANG $LANGS)
+  TESTED[$task]=$(cd "$CODE" && python -c "import contextlib, pathlib, sys, cli, task_data
+
+def print_languages():
+    with contextlib.redirect_stdout(None):
+        sets = task_data.find_splits(task, pathlib.Path(folder), train_language)['test']
+    print(*sorted(sets.keys() & languages))
+
+_, task, folder, train_language, *languages = sys.argv
+sys.argv[0] = 'run_all.sh'  # as errors call it
+cli.run_command(print_languages)" $task "$TASKS/${task/pos/udpos}" $TRAIN_LANG $LANGS)
 done
 
 job() { # NAME COST COMMAND...: runs what is not done yet, or adds it to what is left

@@ -220,3 +220,13 @@ def test_run_all_goes_on_where_it_was_stopped(run_all, tmp_path):
 def test_run_all_says_what_is_wrong(run_all, flags, environment, complaint):
     done, commands = run_all(*flags, **environment)
     assert done.returncode == 2 and done.stderr.startswith(complaint) and not commands
+
+
+def test_a_damaged_task_file_ends_run_all_with_one_line(run_all, tmp_path):
+    """XNLI's files have their languages inside: they are read before anything runs."""
+    (tmp_path / "tasks" / "nli").mkdir()
+    (tmp_path / "tasks" / "nli" / "xnli.test.tsv.gz").write_bytes(b"damaged")
+    done, commands = run_all("--plan")
+    assert done.returncode == 2 and not done.stdout and not commands
+    assert done.stderr.startswith("run_all.sh: ") and "xnli.test.tsv.gz:1: cannot be read" in done.stderr
+    assert done.stderr.count("\n") == 1
