@@ -69,7 +69,7 @@ def rebuild(model: nn.Module, src: Tensor, beams: int) -> list[int]:  # [1, S] -
     return generate(model, src, **special, max_new=max_new, beams=beams)[0].tolist()
 
 
-# A checkpoint and its held-out data --------------------------------------------------------------------------------
+# The evaluations ---------------------------------------------------------------------------------------------------
 
 
 def settings_of(checkpoint: dict) -> dict:
@@ -81,30 +81,20 @@ def settings_of(checkpoint: dict) -> dict:
     return settings
 
 
-def open_held_out(
-    args: argparse.Namespace, checkpoint: dict, settings: dict
-) -> tuple[TokenData, list[str], trainer.Objective]:
-    """Data, languages and objective to measure a checkpoint by. Raises InputError if they do not fit it."""
-    folder = str(args.data or settings["data"])
-    data = open_data(folder, settings["seq_len"])
-    if data.tokenizer_model != checkpoint["tokenizer"]:
-        raise InputError(f"{folder}: its tokenizer is not that of {args.checkpoint}; prepare it with --tokenizer")
-    for language in args.langs or []:
-        if language not in data.languages:
-            raise InputError(f"--langs {language}: not in the data, which has {' '.join(data.languages)}")
-    config, make = OBJECTIVES[checkpoint["kind"]]
-    same = {"clm_fraction": 0.0, "mask_prob": SCORED.mask_prob}  # so that losses of two models can be compared
-    return data, args.langs or data.languages, make(data.ids, build(config, settings | same))
-
-
-# The evaluations ---------------------------------------------------------------------------------------------------
-
-
 def print_losses(args: argparse.Namespace) -> None:
     """The held-out loss of each language; every number goes to --out. Without --task, also a sample of each."""
     model, checkpoint = load_model(args.checkpoint)
     model, settings = model.to(trainer.device()), settings_of(checkpoint)
-    data, languages, objective = open_held_out(args, checkpoint, settings)
+    folder = str(args.data or settings["data"])
+    data = open_data(folder, settings["seq_len"])
+    if data.tokenizer_model != checkpoint["tokenizer"]:
+        raise InputError(f"{folder}: its tokenizer is not that of {args.checkpoint}; prepare it with --tokenizer")
+    languages = args.langs or data.languages
+    if unknown := [language for language in languages if language not in data.languages]:
+        raise InputError(f"--langs {' '.join(unknown)}: not in the data, which has {' '.join(data.languages)}")
+    config, make = OBJECTIVES[checkpoint["kind"]]
+    same = {"clm_fraction": 0.0, "mask_prob": SCORED.mask_prob}  # so that losses of two models can be compared
+    objective = make(data.ids, build(config, settings | same))
     if args.out:
         append_json(args.out)  # fails now rather than at the end
     about = {"checkpoint": str(args.checkpoint), "kind": checkpoint["kind"], "history": checkpoint["history"]}

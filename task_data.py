@@ -64,13 +64,12 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
 def parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
     """Numbered rows of a parquet file; classes, stored as numbers, become their names in the schema."""
     try:
-        from pyarrow import ArrowException
         from pyarrow.parquet import read_table
+
+        table = read_table(path)
     except ImportError:
         raise InputError(f"{path}: to read parquet files, pip install pyarrow") from None
-    try:
-        table = read_table(path)
-    except (OSError, ArrowException) as error:
+    except Exception as error:  # pyarrow has many kinds for damage
         raise InputError(f"{path}: cannot be read ({error}); fetch the file again") from None
     info = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {})
     features = {column: x.get("feature") or x for column, x in info.get("features", {}).items() if isinstance(x, dict)}

@@ -181,10 +181,8 @@ class Row:
 
     item: int
     src: list[int]  # tokens, closed by </s>
-    label: int
     words: list[int]  # those tagged in this window
     positions: list[int]  # of their first pieces in src
-    tags: list[int]  # -1 for one that training never saw
 
 
 class Tagger:
@@ -194,27 +192,25 @@ class Tagger:
         self.job, self.max_len = job, body.cfg.max_len
         self.tags = sorted({tag for item in job.train for tag in item.tags})
         self.labels = sorted({item.label for item in job.train} - {""})
+        self.tag_ids, self.label_ids = ({x: i for i, x in enumerate(names)} for names in (self.tags, self.labels))
         self.model = Heads(body, len(self.tags), len(self.labels), job.freeze)
         self.rows = self.encode(job.train)
         self.lengths = [len(row.src) for row in self.rows]
 
     def encode(self, items: list[Item]) -> list[Row]:
         """Items as rows, long sentences as several. A pair's longer text is cut; a word without pieces is <unk>."""
-        tag_ids, label_ids = ({x: i for i, x in enumerate(names)} for names in (self.tags, self.labels))
         ids, rows = self.job.ids, []
         for k, item in enumerate(items):
-            label = label_ids.get(item.label, -1)
             pieces = [p or [ids.unk] for p in self.job.tokenizer.encode(item.words)]
             if not item.tags:
                 while sum(map(len, pieces)) > self.max_len - len(pieces):
                     max(pieces, key=len).pop()
-                rows.append(Row(k, [token for p in pieces for token in (*p, ids.eos)], label, [], [], []))
+                rows.append(Row(k, [token for p in pieces for token in (*p, ids.eos)], [], []))
                 continue
             tokens, starts = [token for p in pieces for token in p], [0, *accumulate(map(len, pieces[:-1]))]
             for start, stop, first, end in windows(len(tokens), self.max_len - 1):
                 words = [w for w, position in enumerate(starts) if first <= position < end]
-                positions, tags = [starts[w] - start for w in words], [tag_ids.get(item.tags[w], -1) for w in words]
-                rows.append(Row(k, [*tokens[start:stop], ids.eos], label, words, positions, tags))
+                rows.append(Row(k, [*tokens[start:stop], ids.eos], words, [starts[w] - start for w in words]))
         return rows
 
     def logits(self, rows: list[Row]) -> tuple[Tensor | None, Tensor | None]:
@@ -228,8 +224,10 @@ class Tagger:
     def loss(self, batch: list[int]) -> Tensor:
         """Mean cross-entropy over the words of these rows, plus that over the rows."""
         rows = [self.rows[i] for i in batch]
-        gold = [tag for row in rows for tag in row.tags], [row.label for row in rows]
-        parts = [(x, torch.tensor(y, device=x.device)) for x, y in zip(self.logits(rows), gold) if x is not None]
+        tags = [self.tag_ids[self.job.train[row.item].tags[w]] for row in rows for w in row.words]
+        labels = [self.label_ids[self.job.train[row.item].label] for row in rows if self.labels]
+        heads = zip(self.logits(rows), (tags, labels))
+        parts = [(x, torch.tensor(y, device=x.device)) for x, y in heads if x is not None]
         return sum(nn.functional.cross_entropy(x.float(), y) if len(y) else x.sum() for x, y in parts)  # no words: 0
 
     @torch.no_grad()
@@ -336,7 +334,7 @@ def count_cut(job: Job, max_len: int, test: dict[str, list[Item]]) -> None:
     def lengths(texts: list[list[str]]) -> list[int]:
         return [sum(len(pieces) + 1 for pieces in job.tokenizer.encode(text)) for text in texts]
 
-    written = min(max(lengths([[item.label] for item in job.train])) + 10, max_len)  # tokens at most, by a Writer
+    most = min(max(lengths([[item.label] for item in job.train])) + 10, max_len)  # tokens that a Writer generates
     for name, items in [("train", job.train), ("dev", job.dev), *((f"{x} test", items) for x, items in test.items())]:
         sources = lengths([item.words for item in items if not item.tags])  # a tagged sentence is read in windows
         if long := sum(n > max_len for n in sources):
@@ -346,15 +344,15 @@ def count_cut(job: Job, max_len: int, test: dict[str, list[Item]]) -> None:
         if (long := sum(n > max_len for n in targets)) and not job.cut:
             what = f"{long:,} of {len(items):,} targets are longer than the model's {max_len} positions"
             raise InputError(f"{name}: {what}; pre-train with --seq-len {max(targets)} or more, or pass --cut")
-        if long := sum(n > written for n in targets):
-            print(f"{name}: {long:,} of {len(items):,} targets are longer than the {written} tokens written at most")
+        if long := sum(n > most for n in targets):
+            print(f"{name}: {long:,} of {len(items):,} targets are longer than the {most} tokens generated at most")
 
 
 def evaluate(job: Job, body: nn.Module, lrs: list[float], n_seeds: int, test: dict[str, list[Item]]) -> Iterator[dict]:
     """Fine-tunes with each seed and scores every language, one result each. Seed 0's dev score picks the rate."""
     count_cut(job, body.cfg.max_len, test)
     known = {x for item in job.train for x in (*item.tags, item.label)}
-    base_dev = scores(job.task, job.dev, majority(job.task, job.train, job.dev))[METRICS[job.task][0]]
+    base = scores(job.task, job.dev, majority(job.task, job.train, job.dev))[METRICS[job.task][0]]
     runs: dict = {}
     for lr in lrs:
         runs[lr] = finetune(job, body, lr, 0)
@@ -363,10 +361,8 @@ def evaluate(job: Job, body: nn.Module, lrs: list[float], n_seeds: int, test: di
     lr = max(runs, key=lambda x: runs[x][0])
     for seed in range(n_seeds):
         dev, learner = finetune(job, body, lr, seed) if seed else runs[lr]
-        if dev <= base_dev and job.task not in GENERATION:
-            print(
-                f"warning: seed {seed} does not beat the majority: dev {dev:.2f}, not {base_dev:.2f}; try another --lr"
-            )
+        if dev <= base and job.task not in GENERATION:
+            print(f"warning: seed {seed} does not beat the majority: dev {dev:.2f}, not {base:.2f}; try another --lr")
         for language, items in test.items():
             unseen = sum(x not in known for item in items for x in (*item.tags, item.label))
             yield dict(language=language, seed=seed, lr=lr, dev=dev) | {
