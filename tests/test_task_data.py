@@ -195,7 +195,7 @@ def test_damaged_parquet_files(tmp_path):
 
 
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     (tmp_path / "test.parquet").touch()
     with pytest.raises(InputError, match=r"test\.parquet: to read parquet files, pip install pyarrow"):
         read_files("nli", [tmp_path / "test.parquet"], "en")
