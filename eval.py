@@ -44,7 +44,7 @@ MARK = "\ufdd0"  # stands for <mask> while a sentence is encoded: a code point t
 
 def encode_sentence(tokenizer: SentencePieceProcessor, text: str) -> Tensor:
     """Tokens [1, S] of a sentence and its closing </s>; each "<mask>", with the space before it, is one token."""
-    mark = " ".join(f"<0x{byte:02X}>" for byte in MARK.encode())  # the pieces of its bytes
+    mark = " ".join(f"<0x{byte:02X}>" for byte in MARK.encode())  # of its bytes; a lone ▁ before is the space
     pieces = " ".join(tokenizer.encode(text.replace("<mask>", MARK), out_type=str))
     pieces = re.sub(rf"((?<!\S)▁ )?{mark}", "<mask>", pieces).split(" ") if pieces else []
     return torch.tensor([[*map(tokenizer.piece_to_id, pieces), SpecialIds.eos]])
