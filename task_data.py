@@ -199,6 +199,8 @@ def read_tagged(task: str, path: Path, language: str, notes: Counter) -> list[It
             raise InputError(f"{path}:{number}: {len(words)} words and {len(tags)} tags; give every word a tag")
         if odd := [tag for tag in tags if not re.fullmatch(valid, str(tag))]:
             raise InputError(f"{path}:{number}: the tag {odd[0]!r} in this sentence is not {kind}; convert the tags")
+        if task == "slots" and not record["label"]:
+            raise InputError(f"{path}:{number}: no intent; give the sentence one, or remove it")
         items.append(Item(words, tags, record.get("label", "")))
     if items and all(word.isdigit() for item in items for word in item.words):
         raise InputError(f"{path}:1: its words are numbers; name CoNLL-U files .conllu, or use the column of words")

@@ -260,6 +260,7 @@ LAYOUTS = [
            more=(("xSID-0.7/de.projectedTrain.conll", ""),), said=("in the name: xSID-0.7/de.projectedTrain.conll",)),
     Layout("an unknown header", "slots", MOVED, by_line(SLOTS, "text\tslots\tclass"),
            refused="en/train.tsv:1: the tag 'slots' in this sentence is not BIO"),
+    Layout("no intent", "slots", MOVED, by_line("{words}\t{tags}\t"), refused="en/train.tsv:1: no intent"),
     Layout("ours", "parse", MOVED, by_line("{a}\t{label}")),
     Layout("mTOP", "parse", "mtop/{lang}/{split}.txt", MTOP, "eval", more=(("mtop/README.txt", "text"),),
            said=("no split in the name: mtop/README.txt",)),
