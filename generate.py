@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import Seq2Seq
+from model import KeyValues, Seq2Seq
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def generate(
     The cache avoids computing keys and values again and changes no token. max_new is at most the model's max_len.
     """
     enc_out = model.encode(src, src_mask)  # [B, S, D]
-    cache = [{} for _ in model.decoder.blocks] if use_cache else None
+    cache = [(KeyValues(), KeyValues()) for _ in model.decoder.blocks] if use_cache else None
     max_new = min(max_new, model.cfg.max_len)
     if beams > 1:
         enc_out = enc_out.repeat_interleave(beams, 0)  # [B * beams, S, D]
@@ -56,7 +56,7 @@ def generate(
 def _beam_search(
     next_logits: Callable[[Tensor], Tensor],
     tokens: Tensor,
-    cache: list[dict] | None,
+    cache: list[tuple[KeyValues, KeyValues]] | None,
     k: int,
     eos: int,
     pad: int,
@@ -91,8 +91,8 @@ def _beam_search(
         score, keep = top.masked_fill(ends, -torch.inf).topk(k)  # [B, k]
         tokens = candidates.gather(1, keep[:, :, None].expand(-1, -1, candidates.shape[2])).flatten(0, 1)
         rows = (beam.gather(1, keep) + k * torch.arange(n, device=index.device)[:, None]).flatten()  # [B * k]
-        for layer in cache or ():
-            layer["self"] = tuple(x.index_select(0, rows) for x in layer["self"])
+        for past, _ in cache or ():  # all beams share their source's keys and values
+            past.keys, past.values = past.keys.index_select(0, rows), past.values.index_select(0, rows)
         done |= score[:, 0] / length**length_penalty <= best_score[:, -1]  # no unfinished one can win
         if done.all():
             break

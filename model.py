@@ -1,9 +1,9 @@
-"""The model: a Pre-LN Transformer encoder, an optional decoder, and the two models the paper trains from them.
+"""The model: a Pre-LN Transformer encoder, a decoder, and the two models the paper trains from them.
 
 `MaskedLM` is an encoder with a masked-language-modelling head; `Seq2Seq` is the same encoder with a decoder.
 Both call their parts `embed` and `encoder`, so that moving an encoder between them means copying tensors.
-Sources of the architecture: the model code of AlexaTM 20B (Soltan et al. 2022), by the paper's team; Vaswani et
-al. 2017 for the Transformer; Xiong et al. 2020 for Pre-LN.
+Sources: the model code of AlexaTM 20B (Soltan et al. 2022), by the paper's team; Vaswani et al. 2017; Xiong et al.
+2020 for Pre-LN.
 
 Shapes at line ends: B rows, S source, T target, D model, H heads, K head dim, V vocabulary, N selected positions.
 Boolean masks are True where a token is real, as in `scaled_dot_product_attention`.
@@ -12,6 +12,7 @@ Boolean masks are True where a token is real, as in `scaled_dot_product_attentio
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,12 +64,10 @@ PRESETS: dict[str, dict] = {
 }
 
 
-def plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
-) -> Tensor:  # [B, H, T, K], 2 x [B, H, S, K] -> [B, H, T, K]
-    """softmax(q k^T / sqrt(K)) v, step by step (Vaswani et al. 2017, equation 1), like `scaled_dot_product_attention`.
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v, step by step (Vaswani et al. 2017, equation 1): q [B, H, T, K], k and v [B, H, S, K].
 
-    On a CPU in bf16 it takes about half the time of torch's single operation, for rows of up to 512 tokens.
+    On a CPU in bf16 it takes half the time of torch's `scaled_dot_product_attention`, for rows of up to 512 tokens.
     """
     scores = q * q.shape[-1] ** -0.5 @ k.mT  # [B, H, T, S]
     if is_causal:
@@ -97,12 +96,34 @@ def rotate(x: Tensor, turn: Tensor) -> Tensor:  # [B, T, H, K], [2, T, 1, K] -> 
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
+class KeyValues:
+    """The keys and values [B, H, S, K] that a layer has computed so far: its cache while generating."""
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds those of new positions and returns all."""
+        if self.keys is not None:
+            k, v = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
+        self.keys, self.values = k.contiguous(), v.contiguous()
+        return self.keys, self.values
+
+
+class Memory(NamedTuple):
+    """A sequence that attention looks at."""
+
+    x: Tensor  # [B, S, D]
+    mask: Tensor | None  # [B, S], None where all tokens are real
+    turn: Tensor | None  # [2, S, 1, K], the part of `rotary_table` for its positions; None if they are learned
+
+
 class Attention(nn.Module):
     """Multi-head attention (Vaswani et al. 2017, 3.2.2): queries from one sequence, keys and values from another."""
 
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, cfg: ModelConfig, causal: bool = False):
         super().__init__()
-        self.head_dim = cfg.d_model // cfg.n_heads
+        self.head_dim, self.causal = cfg.d_model // cfg.n_heads, causal
         self.q = nn.Linear(cfg.d_model, cfg.d_model)
         self.kv = nn.Linear(cfg.d_model, 2 * cfg.d_model)
         self.out = nn.Linear(cfg.d_model, cfg.d_model)
@@ -111,37 +132,31 @@ class Attention(nn.Module):
         x = x.unflatten(-1, (-1, self.head_dim))  # [B, T, H, K]
         return (x if turn is None else rotate(x, turn)).transpose(1, 2)
 
-    def keys_values(self, memory: Tensor, turn: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, H, S, K] of the sequence [B, S, D] that is attended to; `turn` as in forward."""
-        k, v = self.kv(memory).chunk(2, -1)  # [B, S, D]
-        return self._heads(k, turn), self._heads(v, None)
+    def forward(self, x: Tensor, turn: Tensor | None, memory: Memory, cache: KeyValues | None = None) -> Tensor:
+        """Attends from x [B, T, D], turned by `turn`, to the memory: to all of it, or if causal up to the own position.
 
-    def forward(
-        self,
-        x: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None = None,
-        causal: bool = False,
-        turn: Tensor | None = None,
-    ) -> Tensor:
-        """Attends from x [B, T, D] to keys and values [B, H, S, K]; mask [B, 1, 1, S] is True at real tokens.
-
-        With rotary positions `turn` [2, T, 1, K] is the part of `rotary_table` for the positions of x.
+        A causal layer's cache holds the positions before x; any other's the whole memory, after the first call.
         """
-        q = self._heads(self.q(x), turn)  # [B, H, T, K]
+        if cache is not None and cache.keys is not None and not self.causal:
+            k, v = cache.keys, cache.values
+        else:
+            k, v = self.kv(memory.x).chunk(2, -1)  # [B, S, D]
+            k, v = self._heads(k, memory.turn), self._heads(v, None)  # [B, H, S, K]
+            k, v = (k, v) if cache is None else cache.update(k, v)
+        q, mask = self._heads(self.q(x), turn), memory.mask  # [B, H, T, K], [B, S]
+        mask = None if mask is None else mask[:, None, None, :]  # [B, 1, 1, S]
+        if self.causal and cache is not None and (new := x.shape[1]) > 1:  # several tokens after those in the cache
+            mask = torch.ones(new, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - new)
         by_hand = q.device.type == "cpu" and q.dtype == torch.bfloat16
         attend = plain_attention if by_hand else F.scaled_dot_product_attention
         with torch.autocast(q.device.type, enabled=False):  # the operands have their dtype already
-            y = attend(q, k, v, attn_mask=mask, is_causal=causal)  # [B, H, T, K]
+            y = attend(q, k, v, attn_mask=mask, is_causal=self.causal and cache is None)  # [B, H, T, K]
         return self.out(y.transpose(1, 2).flatten(2))  # [B, T, D]
 
 
-class FeedForward(nn.Sequential):
+def feed_forward(cfg: ModelConfig) -> nn.Sequential:
     """Two linear layers with the exact (erf) GELU between them."""
-
-    def __init__(self, cfg: ModelConfig):
-        super().__init__(nn.Linear(cfg.d_model, cfg.d_ff), nn.GELU(), nn.Linear(cfg.d_ff, cfg.d_model))
+    return nn.Sequential(nn.Linear(cfg.d_model, cfg.d_ff), nn.GELU(), nn.Linear(cfg.d_ff, cfg.d_model))
 
 
 class EncoderBlock(nn.Module):
@@ -150,13 +165,13 @@ class EncoderBlock(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.attn_norm, self.attn = nn.LayerNorm(cfg.d_model), Attention(cfg)
-        self.ffn_norm, self.ffn = nn.LayerNorm(cfg.d_model), FeedForward(cfg)
+        self.ffn_norm, self.ffn = nn.LayerNorm(cfg.d_model), feed_forward(cfg)
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None, turn: Tensor | None, selected: Tensor | None) -> Tensor:
-        """x [B, S, D], mask [B, 1, 1, S] -> [B, S, D], or [N, D] at the selected positions of the flattened batch."""
+    def forward(self, x: Tensor, turn: Tensor | None, mask: Tensor | None, selected: Tensor | None) -> Tensor:
+        """x [B, S, D], mask [B, S] -> [B, S, D], or [N, D] at the selected positions of the flattened batch."""
         h = self.attn_norm(x)
-        x = x + self.dropout(self.attn(h, *self.attn.keys_values(h, turn), mask, turn=turn))
+        x = x + self.dropout(self.attn(h, turn, Memory(h, mask, turn)))
         if selected is not None:  # attention needs all positions, the feed-forward layer takes each by itself
             x = x.flatten(0, 1)[selected]  # [N, D]
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
@@ -171,83 +186,85 @@ class DecoderBlock(nn.Module):
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.attn_norm, self.attn = nn.LayerNorm(cfg.d_model), Attention(cfg)
+        self.attn_norm, self.attn = nn.LayerNorm(cfg.d_model), Attention(cfg, causal=True)
         self.cross_norm, self.cross = nn.LayerNorm(cfg.d_model), Attention(cfg)
-        self.ffn_norm, self.ffn = nn.LayerNorm(cfg.d_model), FeedForward(cfg)
+        self.ffn_norm, self.ffn = nn.LayerNorm(cfg.d_model), feed_forward(cfg)
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def forward(
-        self,
-        x: Tensor,
-        enc_out: Tensor,
-        mask: Tensor | None,
-        turn: Tensor | None = None,
-        src_turn: Tensor | None = None,
-        cache: dict | None = None,
-    ) -> Tensor:
-        """x [B, T, D]; with a cache, x is one new position and the cache holds the keys and values of those before."""
+    def forward(self, x: Tensor, turn: Tensor | None, source: Memory, cache: tuple = (None, None)) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; the cache holds the KeyValues of self-attention and those of cross-attention."""
         h = self.attn_norm(x)
-        k, v = self.attn.keys_values(h, turn)  # [B, H, T, K]
-        if cache is None:
-            cross_kv = self.cross.keys_values(enc_out, src_turn)  # [B, H, S, K]
-        else:
-            if not cache:
-                cache["cross"] = tuple(x.contiguous() for x in self.cross.keys_values(enc_out, src_turn))
-                cache["self"] = k[:, :, :0], v[:, :, :0]
-            k, v = cache["self"] = tuple(torch.cat(pair, 2) for pair in zip(cache["self"], (k, v)))
-            cross_kv = cache["cross"]
-        x = x + self.dropout(self.attn(h, k, v, causal=cache is None, turn=turn))
-        x = x + self.dropout(self.cross(self.cross_norm(x), *cross_kv, mask, turn=turn))
-        return x + self.dropout(self.ffn(self.ffn_norm(x)))  # [B, T, D]
+        x = x + self.dropout(self.attn(h, turn, Memory(h, None, turn), cache[0]))
+        x = x + self.dropout(self.cross(self.cross_norm(x), turn, source, cache[1]))
+        return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
 
-def turn_of(cfg: ModelConfig, x: Tensor, start: int = 0) -> Tensor | None:
-    """The part [2, T, 1, K] of `rotary_table` for the positions of x [B, T, D] from `start` on; None if learned.
+class Stack(nn.Module):
+    """What encoder and decoder have in common: positions, dropout, layers, and the LayerNorm that closes Pre-LN."""
 
-    Raises ValueError for a row longer than the model's max_len.
-    """
-    end = start + x.shape[1]
-    if end > cfg.max_len:
-        raise ValueError(f"a row of {end} tokens: the model was made for rows of at most {cfg.max_len}")
-    if cfg.positions == "learned":
-        return None
-    return rotary_table(cfg.max_len, cfg.d_model // cfg.n_heads, x.device)[:, start:end]
-
-
-class Encoder(nn.Module):
-    """Turns embedded tokens into contextual vectors; a final LayerNorm closes the Pre-LN stack."""
-
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, cfg: ModelConfig, block: type[nn.Module], n_layers: int):
         super().__init__()
         self.cfg = cfg
         self.positions = nn.Embedding(cfg.max_len, cfg.d_model) if cfg.positions == "learned" else None
         self.dropout = nn.Dropout(cfg.dropout)
-        self.blocks = nn.ModuleList(EncoderBlock(cfg) for _ in range(cfg.n_encoder_layers))
+        self.blocks = nn.ModuleList(block(cfg) for _ in range(n_layers))
         self.norm = nn.LayerNorm(cfg.d_model)
 
+    def turn(self, x: Tensor, start: int = 0) -> Tensor | None:
+        """The part [2, T, 1, K] of `rotary_table` for the positions of x [B, T, D] from `start` on; None if learned.
+
+        Raises ValueError for a row longer than the model's max_len.
+        """
+        cfg, end = self.cfg, start + x.shape[1]
+        if end > cfg.max_len:
+            raise ValueError(f"a row of {end} tokens: the model was made for rows of at most {cfg.max_len}")
+        if cfg.positions == "learned":
+            return None
+        return rotary_table(cfg.max_len, cfg.d_model // cfg.n_heads, x.device)[:, start:end]
+
+    def placed(self, embedded: Tensor, start: int = 0) -> Tensor:  # [B, T, D] -> [B, T, D]
+        """The input of the first layer: embedded tokens, with learned positions from `start` on, if any."""
+        if self.positions is not None:
+            embedded = embedded + self.positions.weight[start : start + embedded.shape[1]]
+        return self.dropout(embedded)
+
+
+class Encoder(Stack):
+    """Turns embedded tokens into contextual vectors."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__(cfg, EncoderBlock, cfg.n_encoder_layers)
+
     def forward(
-        self,
-        embedded: Tensor,
-        src_mask: Tensor | None = None,
-        fuse: Callable[[Tensor], Tensor] | None = None,
-        selected: Tensor | None = None,
+        self, embedded: Tensor, src_mask: Tensor | None, fuse: Callable | None = None, selected: Tensor | None = None
     ) -> Tensor:  # [B, S, D], [B, S] -> [B, S, D]
         """The last layer's output, or what `fuse` makes of the outputs of all layers [layers, B, S, D].
 
         Every output passes the final norm. Without it the deeper layers would outweigh the others, since a Pre-LN
         stream grows from layer to layer. With `selected` positions [N] of the flattened batch, only theirs: [N, D].
         """
-        turn = turn_of(self.cfg, embedded)
-        if self.positions is not None:
-            embedded = embedded + self.positions.weight[: embedded.shape[1]]
-        x = self.dropout(embedded)
-        mask = None if src_mask is None else src_mask[:, None, None, :]  # [B, 1, 1, S]
-        layers = []
+        turn, x, layers = self.turn(embedded), self.placed(embedded), []
         for block in self.blocks:
-            x = block(x, mask, turn, selected if block is self.blocks[-1] else None)
+            x = block(x, turn, src_mask, selected if block is self.blocks[-1] else None)
             if fuse is not None:
                 layers.append(x)
         return self.norm(x) if fuse is None else fuse(self.norm(torch.stack(layers)))
+
+
+class Decoder(Stack):
+    """Turns an embedded target prefix and encoder output into a vector for each next token."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__(cfg, DecoderBlock, cfg.n_decoder_layers)
+
+    def forward(self, embedded: Tensor, enc_out: Tensor, src_mask: Tensor | None, cache: list | None) -> Tensor:
+        """embedded [B, T, D], enc_out [B, S, D] -> [B, T, D]; the cache holds a pair for each layer (DecoderBlock)."""
+        start = 0 if cache is None or cache[0][0].keys is None else cache[0][0].keys.shape[2]
+        turn, x = self.turn(embedded, start), self.placed(embedded, start)
+        source = Memory(enc_out, src_mask, self.turn(enc_out))
+        for i, block in enumerate(self.blocks):
+            x = block(x, turn, source) if cache is None else block(x, turn, source, cache[i])
+        return self.norm(x)
 
 
 class Fusion(nn.Module):
@@ -270,30 +287,6 @@ class Fusion(nn.Module):
         return (self.weights(layers)[..., None] * layers).sum(0)
 
 
-class Decoder(nn.Module):
-    """Turns an embedded target prefix and encoder output into a vector for each next token."""
-
-    def __init__(self, cfg: ModelConfig):
-        super().__init__()
-        self.cfg = cfg
-        self.positions = nn.Embedding(cfg.max_len, cfg.d_model) if cfg.positions == "learned" else None
-        self.dropout = nn.Dropout(cfg.dropout)
-        self.blocks = nn.ModuleList(DecoderBlock(cfg) for _ in range(cfg.n_decoder_layers))
-        self.norm = nn.LayerNorm(cfg.d_model)
-
-    def forward(self, embedded: Tensor, enc_out: Tensor, src_mask: Tensor | None, cache: list | None) -> Tensor:
-        """embedded [B, T, D], enc_out [B, S, D] -> [B, T, D]. With a cache, a dict per layer, T is 1 (DecoderBlock)."""
-        start = cache[0]["self"][0].shape[2] if cache and cache[0] else 0
-        turn, src_turn = turn_of(self.cfg, embedded, start), turn_of(self.cfg, enc_out)
-        if self.positions is not None:
-            embedded = embedded + self.positions.weight[start : start + embedded.shape[1]]
-        x = self.dropout(embedded)  # [B, T, D]
-        mask = None if src_mask is None else src_mask[:, None, None, :]  # [B, 1, 1, S]
-        for i, block in enumerate(self.blocks):
-            x = block(x, enc_out, mask, turn, src_turn, None if cache is None else cache[i])
-        return self.norm(x)  # [B, T, D]
-
-
 class ProjectionLoss(torch.autograd.Function):
     """Sum of cross-entropies of `softmax(hidden @ weight.T + bias)`, never holding more than a chunk of the logits.
 
@@ -307,21 +300,18 @@ class ProjectionLoss(torch.autograd.Function):
     CACHED_LOGITS = 2**20  # 4 MB in fp32
 
     @staticmethod
-    def forward(
-        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
-    ) -> Tensor:  # [N, D], [V, D], [V], [N] -> []
-        """The sum in nats over the targets that are not IGNORE."""
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        """hidden [N, D], weight [V, D], bias [V], targets [N] -> the sum in nats over targets that are not IGNORE."""
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        h_all, w, need = hidden.to(dtype), weight.to(dtype), ctx.needs_input_grad
+        h_all, w, inputs = hidden.to(dtype), weight.to(dtype), (hidden, weight, bias)
         total = torch.zeros((), device=hidden.device)
-        d_hidden = torch.zeros_like(hidden) if need[0] else None
-        d_weight = torch.zeros_like(weight) if need[1] else None
-        d_bias = torch.zeros_like(bias) if need[2] else None
+        ctx.grads = [torch.zeros_like(x) if need else None for x, need in zip(inputs, ctx.needs_input_grad)]
+        d_hidden, d_weight, d_bias = ctx.grads
         rows = min(len(targets), max(1, ProjectionLoss.CHUNK_LOGITS // len(weight)))
         few = max(1, ProjectionLoss.CACHED_LOGITS // len(weight)) if device == "cpu" else rows
         product = hidden.new_empty(rows, len(weight), dtype=dtype)  # reused: allocating costs a CPU more than computing
-        d_part = torch.empty_like(w) if need[1] else None
+        d_part = None if d_weight is None else torch.empty_like(w)
         for start in range(0, len(targets), max(1, rows)):
             h, target = h_all[start : start + rows], targets[start : start + rows, None]  # [N, D], [N, 1]
             chunk = torch.mm(h, w.T, out=product[: len(h)])  # [N, V]: logits, then d_logits
@@ -331,7 +321,7 @@ class ProjectionLoss(torch.autograd.Function):
                 p = logits.softmax(-1)
                 log_z = logits.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()  # [few, 1]
                 total += ((log_z - logits.gather(1, token)) * real).sum()
-                if any(need):
+                if any(ctx.needs_input_grad):
                     d_logits = p.scatter_add_(1, token, -torch.ones_like(log_z)).mul_(real)
                     if d_bias is not None:
                         d_bias += d_logits.sum(0)
@@ -340,7 +330,6 @@ class ProjectionLoss(torch.autograd.Function):
                 d_hidden[start : start + rows] = chunk @ w
             if d_weight is not None:
                 d_weight += torch.mm(chunk.T, h, out=d_part)
-        ctx.grads = d_hidden, d_weight, d_bias
         return total
 
     @staticmethod
@@ -350,12 +339,9 @@ class ProjectionLoss(torch.autograd.Function):
 
 
 def projection_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """ProjectionLoss of hidden [N, D], weight [V, D], bias [V] and targets [N], without gradients under no_grad.
-
-    The Function cannot see no_grad: autograd is always off inside it.
-    """
+    """ProjectionLoss, without gradients under no_grad: the Function cannot see it, autograd is always off inside."""
     if not torch.is_grad_enabled():
-        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
+        hidden, weight, bias = (None if x is None else x.detach() for x in (hidden, weight, bias))
     return ProjectionLoss.apply(hidden, weight, bias, targets)
 
 
@@ -404,8 +390,7 @@ class MaskedLM(nn.Module):
         gives them, [N] of the flattened batch: to count them here, Python would wait for a GPU.
         """
         labels = labels.flatten()  # [B * S]
-        if labelled is None:
-            labelled = (labels != IGNORE).nonzero().squeeze(1)
+        labelled = (labels != IGNORE).nonzero().squeeze(1) if labelled is None else labelled
         hidden = self.head(self.encoder(self.embed(src), src_mask, selected=labelled))  # [N, D]
         return projection_loss(hidden, self.embed.weight, self.head_bias, labels[labelled])
 
@@ -431,7 +416,7 @@ class Seq2Seq(nn.Module):
     def decode(
         self, tgt_in: Tensor, enc_out: Tensor, src_mask: Tensor | None = None, cache: list | None = None
     ) -> Tensor:  # [B, T], [B, S, D] -> [B, T, D]
-        """A vector for each next token. With a cache, tgt_in [B, 1] is the newest token only."""
+        """A vector for each next token. With a cache, tgt_in [B, T] are the newest tokens only."""
         return self.decoder(self.embed(tgt_in), enc_out, src_mask, cache)
 
     def logits(self, src: Tensor, tgt_in: Tensor, src_mask: Tensor | None = None) -> Tensor:  # -> [B, T, V]
