@@ -71,18 +71,6 @@ def _fast(model: bytes, ours: spm.SentencePieceProcessor, rules: list[tuple[str,
     return fast
 
 
-def _say_what_differs(fast: Tokenizer, ours: spm.SentencePieceProcessor, rules: list[tuple[str, str]]) -> None:
-    """Prints how many pieces and rules get different ids from ours, if any do."""
-    texts = ours.id_to_piece(list(range(SpecialIds(ours.vocab_size()).ordinary, ours.vocab_size())))
-    texts = [piece.replace("▁", " ") for piece in texts] + [source for source, _ in rules]
-    fast_ids = (x.ids for x in fast.encode_batch(texts))
-    if differ := [text for text, ids, theirs in zip(texts, ours.encode(texts), fast_ids) if ids != theirs]:
-        say(
-            f"tokenizer: {len(differ):,} of {len(texts):,} pieces and rules of normalisation get other ids in "
-            f"transformers, such as {differ[0]!r}"
-        )
-
-
 def hf_tokenizer(model: bytes, max_len: int) -> PreTrainedTokenizerFast:
     """A tokenizer with our ids and a closing </s>. Prints how many pieces and rules get different ids, if any do.
 
@@ -91,9 +79,12 @@ def hf_tokenizer(model: bytes, max_len: int) -> PreTrainedTokenizerFast:
     marks are not in Unicode's order and for a mark after a letter that a rule has produced.
     """
     ours, rules = load_tokenizer(model, "tokenizer"), _rules(model)
-    fast = _fast(model, ours, rules)
-    _say_what_differs(fast, ours, rules)
-    ids, pieces = SpecialIds(ours.vocab_size()), ours.id_to_piece(list(range(ours.vocab_size())))
+    fast, ids = _fast(model, ours, rules), SpecialIds(ours.vocab_size())
+    pieces = ours.id_to_piece(list(range(ours.vocab_size())))
+    texts = [piece.replace("▁", " ") for piece in pieces[ids.ordinary :]] + [source for source, _ in rules]
+    if differ := [x for x, a, b in zip(texts, ours.encode(texts), fast.encode_batch(texts)) if a != b.ids]:
+        share = f"{len(differ):,} of {len(texts):,} pieces and rules of normalisation"
+        say(f"tokenizer: {share} get other ids in transformers, such as {differ[0]!r}")
     eos = ("</s>", ids.eos)
     fast.post_processor = processors.TemplateProcessing(single="$A </s>", pair="$A </s> $B </s>", special_tokens=[eos])
     return PreTrainedTokenizerFast(

@@ -23,14 +23,12 @@ from foreign import FOREIGN, ODD_LINES, foreign, without
 import eval as evaluation
 import extract
 import hf
-import hf_names
 import train_encoder
 import train_seq2seq
 from checkpoint import load_checkpoint, load_model
 from cli import InputError
 from data import SAMPLE_TEXT, prepare
 from generate import generate
-from hf_names import tensor_names
 from hf_tokenizer import hf_tokenizer, save_tokenizer
 from model import IGNORE
 from objectives import SpecialIds
@@ -95,9 +93,9 @@ def up_to_eos(rows: torch.Tensor) -> list[list[int]]:
 def grads(model, names) -> dict[str, torch.Tensor]:
     """Gradients of their model under our names."""
     theirs = {name: p.grad for name, p in model.named_parameters()}
-    if hf_names.POSITIONS in theirs:
-        theirs[hf_names.POSITIONS] = theirs[hf_names.POSITIONS][1:]
-    return {name: torch.cat([theirs[x] for x in tensor_names(model.config.model_type, name)]) for name in names}
+    if hf.POSITIONS in theirs:
+        theirs[hf.POSITIONS] = theirs[hf.POSITIONS][1:]
+    return {name: torch.cat([theirs[x] for x in hf.tensor_names(model.config.model_type, name)]) for name in names}
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> None:
