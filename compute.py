@@ -11,12 +11,11 @@ from model import PRESETS, ModelConfig
 
 
 def train_flops(cfg: ModelConfig, rows: int, source: int, target: int, projected: int, frozen: bool = False) -> float:
-    """FLOPs of one update, forward and backward, on rows of `source` and `target` tokens each.
+    """FLOPs of one update on rows of `source` and `target` tokens each; `projected` counts positions of all rows.
 
-    `projected` positions of the whole batch go through the output projection. A backward pass costs twice its forward
-    pass: one product for the gradient of the inputs, one for that of the weights. A frozen encoder has no backward
-    pass; the gradients of its output (unless layers are fused) and of the frozen embedding are not computed either.
-    Attention fusion itself costs less than a thousandth of the encoder and is left out.
+    A backward pass costs twice its forward pass: one product for the gradient of the inputs, one for that of the
+    weights. A frozen encoder has no backward pass; the gradients of its output (unless layers are fused) and of the
+    frozen embedding are not computed either. Fusion itself costs less than a thousandth of the encoder: left out.
     """
     d, layer = cfg.d_model, 2 * (4 * cfg.d_model**2 + 2 * cfg.d_model * cfg.d_ff)  # of a block, per token
     encoder = rows * cfg.n_encoder_layers * (source * layer + 4 * source**2 * d)
@@ -35,8 +34,7 @@ def train_flops(cfg: ModelConfig, rows: int, source: int, target: int, projected
 def batch_flops(cfg: ModelConfig, batch: dict[str, Tensor], n_targets: int, frozen: bool = False) -> float:
     """train_flops of a collated batch, padding included.
 
-    A decoder projects every position, an MLM encoder only its n_targets labelled ones. (The caller counts them: to
-    count them here on a GPU, we would have to wait for the batch.)
+    A decoder projects every position, an encoder only its n_targets labelled ones: counted here, a GPU would wait.
     """
     rows, source = batch["src"].shape
     if "labels" in batch:
@@ -48,8 +46,8 @@ def batch_flops(cfg: ModelConfig, batch: dict[str, Tensor], n_targets: int, froz
 def scratch_flops(history: list[dict]) -> tuple[int, float]:
     """Updates of the first model in a history, and the FLOPs of training both models from scratch for that many each.
 
-    The FLOPs are 0 if the history has only one kind of model. Each update costs what the history recorded for an
-    unfrozen one. Raises KeyError for a history that lacks a figure.
+    An update costs what the history has for an unfrozen one; FLOPs are 0 if it has only one kind of model. Raises
+    KeyError for a history that lacks a figure.
     """
     trained = [stage for stage in history if stage["steps"]]
     steps = sum(x["steps"] for x in takewhile(lambda x: x["stage"] == trained[0]["stage"], trained))
@@ -60,7 +58,7 @@ def scratch_flops(history: list[dict]) -> tuple[int, float]:
 
 
 def saved(history: list[dict], from_scratch: float) -> float | None:
-    """The share of FLOPs that a history with both models in it saves against training both from scratch.
+    """The share of FLOPs that a history saves against training both models from scratch.
 
     None if there is nothing to compare: one model only, or no model from scratch.
     """
