@@ -15,7 +15,7 @@ def train_flops(cfg: ModelConfig, rows: int, source: int, target: int, projected
 
     A backward pass costs twice its forward pass: one product for the gradient of the inputs, one for that of the
     weights. A frozen encoder has no backward pass; the gradients of its output (unless layers are fused) and of the
-    frozen embedding are not computed either. Fusion itself costs less than a thousandth of the encoder: left out.
+    frozen embedding are not computed either. Fusion itself, less than a thousandth of the encoder, is left out.
     """
     d, layer = cfg.d_model, 2 * (4 * cfg.d_model**2 + 2 * cfg.d_model * cfg.d_ff)  # of a block, per token
     encoder = rows * cfg.n_encoder_layers * (source * layer + 4 * source**2 * d)
@@ -34,7 +34,8 @@ def train_flops(cfg: ModelConfig, rows: int, source: int, target: int, projected
 def batch_flops(cfg: ModelConfig, batch: dict[str, Tensor], n_targets: int, frozen: bool = False) -> float:
     """train_flops of a collated batch, padding included.
 
-    A decoder projects every position, an encoder only its n_targets labelled ones: counted here, a GPU would wait.
+    A decoder projects every position, an encoder only its n_targets labelled ones (to count them here, Python would
+    wait for the GPU).
     """
     rows, source = batch["src"].shape
     if "labels" in batch:
