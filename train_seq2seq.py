@@ -5,7 +5,7 @@ torchrun train_seq2seq.py --out scratch.pt                   # the model it shou
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
@@ -82,10 +82,11 @@ def main() -> None:
         raise InputError(f"--noise-density {cfg.noise_density} of --seq-len {run.train.seq_len} is no token; raise it")
     if run.init and cfg.init_decoder:
         run.init["weights"] |= decoder_from_encoder(run.init["weights"], run.model)
-    objective = seq2seq_objective(run.data.ids, cfg)
+    # Held-out losses leave causal rows out, as those of eval.py do, so that they can be compared.
+    objective, scored = (seq2seq_objective(run.data.ids, x) for x in (cfg, replace(cfg, clm_fraction=0.0)))
     thaw = round(cfg.unfreeze_at * run.train.begun_steps, 6)  # 0.55 * 100 is slightly more than 55 in floating point
     frozen = lambda step: step < thaw or cfg.unfreeze_at == 1  # 1 also holds for an extended run
-    trainer.fit(run, trainer.new_model(run), objective, frozen)
+    trainer.fit(run, trainer.new_model(run), objective, frozen, scored)
 
 
 if __name__ == "__main__":

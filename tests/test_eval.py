@@ -93,6 +93,17 @@ def test_losses_are_of_rows_as_long_as_those_trained_on(command, data_dir, tmp_p
     assert logged == pytest.approx(few, rel=1e-5)
 
 
+def test_the_log_of_causal_training_has_losses_of_denoising(command, checkpoints, data_dir):
+    flags = ["--data", data_dir, *ROWS, "--init", "enc.pt", "--clm-fraction", 1, "--steps", 1, "--out", "causal.pt"]
+    command(train_seq2seq, *flags)
+    logged = read_metrics(checkpoints / "causal.run" / "metrics.jsonl")[-1]["held_out"]
+    data = TokenData(data_dir, 32)
+    objective = train_seq2seq.seq2seq_objective(data.ids, train_seq2seq.DenoiseConfig())
+    model, _ = load_model(checkpoints / "causal.pt")
+    few = trainer.held_out_loss(model, data, data.languages, objective, "fp32", 64)
+    assert logged == pytest.approx(few, rel=1e-5)
+
+
 def test_an_extracted_encoder_keeps_its_settings(command, data_dir, tmp_path):
     flags = [*SMALL, "--batch-size", 4, "--seq-len", 32, "--max-len", 64, "--steps", 1, "--dtype", "bf16"]
     command(train_seq2seq, "--data", data_dir, *flags, "--decoder-layers", 1)

@@ -473,7 +473,7 @@ def test_the_frozen_share_is_no_update_longer(monkeypatch, share, steps, expecte
     run.data = SimpleNamespace(ids=None)
     monkeypatch.setattr(trainer, "start", lambda *_: run)
     monkeypatch.setattr(trainer, "new_model", lambda _: None)
-    monkeypatch.setattr(trainer, "fit", lambda *run: found.append(sum(map(run[-1], range(steps)))))
+    monkeypatch.setattr(trainer, "fit", lambda *run: found.append(sum(map(run[3], range(steps)))))
     found = []
     train_seq2seq.main()
     assert found == [expected]
