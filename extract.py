@@ -13,22 +13,24 @@ The last three need `pip install transformers`; hf.py says which of its classes 
 """
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from checkpoint import as_checkpoint, load_model, save_checkpoint, warm_start
+from checkpoint import as_checkpoint, load_checkpoint, save_checkpoint, warm_start
 from cli import InputError, run_command
-from model import MaskedLM, Seq2Seq
+from model import MaskedLM, ModelConfig
 
 
-def extract(seq2seq: Seq2Seq, source: Path) -> MaskedLM:
-    """An MLM model whose encoder output equals the seq2seq model's bit for bit; `source` is its printed name."""
+def extracted(path: Path) -> dict:
+    """The checkpoint of an MLM model whose encoder output equals that of the seq2seq checkpoint bit for bit."""
+    seq2seq = load_checkpoint(path, "seq2seq")
     torch.manual_seed(0)  # for the new head
-    encoder = MaskedLM(replace(seq2seq.cfg, n_decoder_layers=0, fusion=False))
-    warm_start(encoder, source, seq2seq.state_dict())
-    return encoder
+    encoder = MaskedLM(ModelConfig(**seq2seq["config"] | {"n_decoder_layers": 0, "fusion": False}))
+    warm_start(encoder, path, seq2seq["weights"])
+    stage = {"stage": "extract", "steps": 0, "tokens": 0, "flops": 0.0, "seconds": 0.0, "settings": {}}
+    history = [*seq2seq["history"], stage]
+    return as_checkpoint("encoder", encoder.cfg, encoder.state_dict(), seq2seq["tokenizer"], history)
 
 
 def main() -> None:
@@ -36,14 +38,11 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, nargs="?", help="a seq2seq model; with --to-hf an encoder or seq2seq")
     parser.add_argument("--to-hf", type=Path, metavar="DIR", help="write the whole model for transformers")
     parser.add_argument("--from-hf", type=Path, metavar="DIR", help="read a model that transformers wrote")
-    parser.add_argument(
-        "--out", type=Path, default=Path("enc-extracted.pt"), help="checkpoint to write (default %(default)s)"
-    )
+    out = Path("enc-extracted.pt")
+    parser.add_argument("--out", type=Path, default=out, help="checkpoint to write (default %(default)s)")
     args = parser.parse_args()
-    if (args.checkpoint is None) != (args.from_hf is not None):
-        raise InputError("name a checkpoint, or a folder with --from-hf; not both")
-    if args.from_hf and args.to_hf:
-        raise InputError("--from-hf and --to-hf: one at a time")
+    if (args.checkpoint is None) == (args.from_hf is None) or (args.from_hf and args.to_hf):
+        raise InputError("name a checkpoint (--to-hf DIR exports it) or --from-hf DIR, not both")
     if args.to_hf:
         from hf import to_hf
 
@@ -51,19 +50,12 @@ def main() -> None:
         return
     if args.out.exists():
         raise InputError(f"{args.out}: exists; give another --out")
-    if not args.out.parent.is_dir():
-        raise InputError(f"{args.out.parent}: no such folder to write {args.out.name} to; create it")
     if args.from_hf:
         from hf import from_hf
 
         save_checkpoint(args.out, from_hf(args.from_hf))
-        return
-    model, checkpoint = load_model(args.checkpoint, "seq2seq")
-    encoder = extract(model, args.checkpoint)
-    stage = {"stage": "extract", "steps": 0, "tokens": 0, "flops": 0.0, "seconds": 0.0, "settings": {}}
-    history = [*checkpoint["history"], stage]
-    content = as_checkpoint("encoder", encoder.cfg, encoder.state_dict(), checkpoint["tokenizer"], history)
-    save_checkpoint(args.out, content)
+    else:
+        save_checkpoint(args.out, extracted(args.checkpoint))
 
 
 if __name__ == "__main__":

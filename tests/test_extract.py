@@ -7,17 +7,19 @@ import pytest
 import extract
 from cli import InputError
 
+EITHER = "name a checkpoint (--to-hf DIR exports it) or --from-hf DIR, not both"
+
 
 @pytest.mark.parametrize(
     "arguments, complaint",
     [
-        ([], "name a checkpoint, or a folder with --from-hf; not both"),
-        (["enc.pt", "--from-hf", "hf"], "name a checkpoint, or a folder with --from-hf; not both"),
-        (["--from-hf", "hf", "--to-hf", "HF", "--out", "enc.pt"], "--from-hf and --to-hf: one at a time"),
+        ([], EITHER),
+        (["enc.pt", "--from-hf", "hf"], EITHER),
+        (["--from-hf", "hf", "--to-hf", "HF", "--out", "enc.pt"], EITHER),
         (["enc.pt"], "of kind 'encoder', not seq2seq"),
         (["seq2seq.pt", "--out", "seq2seq.pt"], "seq2seq.pt: exists"),
         (["--from-hf", "hf", "--out", "enc.pt"], "enc.pt: exists"),
-        (["seq2seq.pt", "--out", "no/x.pt"], "no: no such folder to write x.pt to; create it"),
+        (["seq2seq.pt", "--out", "no/x.pt"], "no/x.pt: cannot be written (No such file or directory)"),
         (["nowhere.pt", "--to-hf", "hf"], "no such file"),
     ],
 )
