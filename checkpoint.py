@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cli import InputError, rank, say
+from cli import InputError, cannot_write, rank, say
 from model import MaskedLM, ModelConfig, Seq2Seq
 
 MODELS = {"encoder": MaskedLM, "seq2seq": Seq2Seq}
@@ -53,12 +53,9 @@ def save_checkpoint(path: Path, content: dict) -> None:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch's, on a full disk
         part.unlink(missing_ok=True)
-        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-        raise InputError(
-            f"{path}: cannot be written ({reason}); make room or give another --out; --resume continues a run"
-        ) from None
+        raise cannot_write(path, error) from None
     folder = os.open(path.parent, os.O_RDONLY)  # the rename changed the folder: flush it too
     with contextlib.suppress(OSError):  # some network file systems cannot flush a folder
         os.fsync(folder)
@@ -68,8 +65,8 @@ def save_checkpoint(path: Path, content: dict) -> None:
 def load_checkpoint(path: Path, *kinds: str) -> dict:
     """Reads a checkpoint of one of the kinds ("encoder", "seq2seq") onto the CPU.
 
-    Raises InputError for a file that is missing, damaged or of another kind, and for one that holds anything but
-    tensors and plain values: such a file could run code when loaded.
+    Raises InputError for a file that is missing, damaged, of another kind, or that could run code when loaded because
+    it holds more than tensors and plain values.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -77,10 +74,9 @@ def load_checkpoint(path: Path, *kinds: str) -> dict:
         raise InputError(f"{path}: no such file; run the command that writes it first") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except Exception as error:  # torch raises many kinds for a damaged file
-        unsafe = "weights_only" in str(error).lower() or "unsupported" in str(error).lower()
-        reason = "it holds more than tensors and plain values" if unsafe else "damaged or not a checkpoint"
-        raise InputError(f"{path}: refused, {reason}; fetch or make it again") from None
+    except Exception:  # torch raises many kinds for such a file
+        reason = "damaged, not a checkpoint, or one with more than tensors and plain values in it"
+        raise InputError(f"{path}: refused: {reason}; fetch or make it again") from None
     if not isinstance(checkpoint, dict) or not {"kind", "config", "weights", "tokenizer", "history"} <= set(checkpoint):
         raise InputError(f"{path}: not a checkpoint of this project; train_encoder.py writes one")
     if kinds and checkpoint["kind"] not in kinds:
@@ -91,18 +87,11 @@ def load_checkpoint(path: Path, *kinds: str) -> dict:
 
 
 def load_model(path: Path, *kinds: str) -> tuple[nn.Module, dict]:
-    """The model of a checkpoint, in eval mode, and the checkpoint.
-
-    Raises InputError as load_checkpoint does, and if the weights do not have the shapes that the config asks for.
-    """
+    """The model of a checkpoint, in eval mode, and the checkpoint. Raises InputError as load_checkpoint does."""
     checkpoint = load_checkpoint(path, *kinds)
     with torch.device("meta"):
         model = MODELS[checkpoint["kind"]](ModelConfig(**checkpoint["config"]))
-    try:
-        model.load_state_dict(checkpoint["weights"], assign=True)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise InputError(f"{path}: its weights do not fit its config ({reason}); make it again") from None
+    model.load_state_dict(checkpoint["weights"], assign=True)
     return model.eval(), checkpoint
 
 
@@ -113,16 +102,12 @@ def warm_start(model: nn.Module, path: object, weights: dict[str, Tensor]) -> No
     encoder do load. A model that silently lacks half of its weights looks much like one that trains badly.
     """
     random = model.state_dict()
-    loaded = [name for name in random if name in weights and random[name].shape == weights[name].shape]
-    rest = {"new": random.keys() - loaded, "unused": weights.keys() - loaded}
+    loaded = {name for name in random if name in weights and random[name].shape == weights[name].shape}
+    found = {"loaded": loaded, "new": random.keys() - loaded, "unused": weights.keys() - loaded}
     part = {name: "cross-attention" if ".cross" in name else name.split(".")[0] for name in random | weights}
-    taken = {part[name] for name in loaded}
-    unfit = [name for names in rest.values() for name in sorted(names) if part[name] in taken | {"embed", "encoder"}]
-    if unfit:
+    whole = {part[name] for name in loaded} | {"embed", "encoder"}
+    if unfit := sorted(name for name in found["new"] | found["unused"] if part[name] in whole):
         raise InputError(f"{path}: does not fit this model: {unfit[0]} is missing, unexpected or of another shape")
     model.load_state_dict({name: weights[name] for name in loaded}, strict=False)
-    counts = [
-        f"{title} {len(names)} tensors ({', '.join(sorted({part[name] for name in names})) or '-'})"
-        for title, names in {"loaded": loaded, **rest}.items()
-    ]
-    say(f"{path}: {', '.join(counts)}")
+    parts = {title: ", ".join(sorted({part[name] for name in names})) or "-" for title, names in found.items()}
+    say(f"{path}: " + ", ".join(f"{title} {len(found[title])} tensors ({parts[title]})" for title in found))

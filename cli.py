@@ -3,10 +3,12 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
 from dataclasses import field, fields
+from operator import ge, gt, le, lt
 from pathlib import Path
 
 from tqdm import tqdm
@@ -37,12 +39,6 @@ def say(line: str) -> None:
             tqdm.write(line)
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Whether the error means that memory ran out: numpy raises MemoryError, torch RuntimeError."""
-    signs = ("out of memory", "allocate memory", "size calculation overflowed")
-    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)
-
-
 def _one_line(error: Exception) -> str | None:
     """What to tell the user about an error; None if it is a bug, which keeps its traceback."""
     name = Path(sys.argv[0]).name
@@ -51,7 +47,7 @@ def _one_line(error: Exception) -> str | None:
     if isinstance(error, OSError):
         where, reason = error.filename or f"{name}: its output", (error.strerror or str(error)).lower()
         return f"{where}: {reason}; change its permissions, make room or choose another"
-    if isinstance(error, MemoryError | RuntimeError) and out_of_memory(error):
+    if isinstance(error, MemoryError) or re.search("(out of|allocate) memory", str(error)):  # torch's: RuntimeError
         reason = str(error).split("\n")[0][:200]
         return f"{name}: out of memory ({reason}); use smaller micro-batches or a smaller model"
     return None
@@ -65,8 +61,7 @@ def run_command(main: Callable[[], None]) -> None:
     """
     status = 0
     for stream in (sys.stdout, sys.stderr):  # an ASCII terminal or log gets \u escapes instead of a traceback
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
         sys.stdout.flush()
@@ -89,14 +84,20 @@ def run_command(main: Callable[[], None]) -> None:
     sys.exit(status)
 
 
+def cannot_write(path: Path, error: Exception) -> InputError:
+    """What to raise if a run cannot write a file: the error of a full disk does not name it."""
+    reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+    remedy = "make room or give another --out; --resume continues a run"
+    return InputError(f"{path}: cannot be written ({reason}); {remedy}")
+
+
 def append_json(path: Path, *rows: dict) -> None:
-    """Appends JSON lines to a file. Raises InputError with the file's name, which the error of a full disk lacks."""
+    """Appends JSON lines to a file. Raises InputError if it cannot be written."""
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     except OSError as error:
-        remedy = "make room or give another --out; --resume continues a run"
-        raise InputError(f"{path}: cannot be written ({error.strerror}); {remedy}") from None
+        raise cannot_write(path, error) from None
 
 
 def flag(default: object, text: str, **more: object) -> object:
@@ -108,17 +109,14 @@ def flag(default: object, text: str, **more: object) -> object:
     return field(default=default, metadata={"help": text, **more})
 
 
+BOUNDS = {"least": (ge, "at least"), "most": (le, "at most"), "above": (gt, "above"), "below": (lt, "below")}
+
+
 def check_bounds(config: object) -> None:
     """Raises ValueError for the first field of a config whose value its flag does not allow."""
-    bounds = {
-        "least": (lambda x, bound: x >= bound, "at least"),
-        "most": (lambda x, bound: x <= bound, "at most"),
-        "above": (lambda x, bound: x > bound, "above"),
-        "below": (lambda x, bound: x < bound, "below"),
-    }
     for f in fields(config):
         value = getattr(config, f.name)
-        for key, (holds, words) in bounds.items():
+        for key, (holds, words) in BOUNDS.items():
             if key in f.metadata and not holds(value, f.metadata[key]):
                 raise ValueError(f"{f.name} is {value}: it must be {words} {f.metadata[key]}")
         if value not in (f.metadata.get("choices") or [value]):
@@ -127,15 +125,15 @@ def check_bounds(config: object) -> None:
 
 def build(config: type, settings: dict) -> object:
     """Builds a config dataclass from the settings it has fields for. Raises InputError, naming the wrong flag."""
-    given = {f.name: settings[f.name] for f in fields(config) if f.name in settings}
     try:
-        return config(**given)
+        built = config(**{f.name: settings[f.name] for f in fields(config) if f.name in settings})
+        check_bounds(built)
     except ValueError as error:
         name, _, rest = str(error).partition(" ")
         raise InputError(f"{flag_name(name)} {rest}") from None
+    return built
 
 
 def flag_name(name: str) -> str:
     """The command-line flag of a config's field."""
-    short = {"n_decoder_layers": "decoder_layers", "n_encoder_layers": "encoder_layers"}.get(name, name)
-    return f"--{short.replace('_', '-')}"
+    return "--" + (name.removeprefix("n_") if name.endswith("_layers") else name).replace("_", "-")

@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 from pathlib import Path
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -12,15 +13,12 @@ from config import Run
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl, without a half-written last one. Raises InputError for any other file."""
+    """The lines of a metrics.jsonl, without a half-written last one. Raises InputError for a damaged file."""
     try:
         lines = path.read_text("utf-8").splitlines(keepends=True)
-        rows = [json.loads(line) for line in lines if line.endswith("\n")]
-        if not all(isinstance(row["step"], int) for row in rows):
-            raise ValueError
-        return rows
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path}: not the log of a run; remove it (the checkpoints do not need it)") from None
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError:
+        raise InputError(f"{path}: damaged; remove it (the checkpoints do not need it)") from None
 
 
 class Log:
@@ -33,11 +31,11 @@ class Log:
         self.run, self.path = run, run.folder / "metrics.jsonl"
         self.entropy = sum(map(run.data.unigram_entropy, run.data.languages)) / len(run.data.languages)
         self.means: dict[int, float] = {}  # updates done -> held-out loss
-        self.lock = self._open() if rank() == 0 else None
         done = run.state["spent"]["steps"] if run.state else 0
+        self.lock = self._open(done) if rank() == 0 else None
         self.bar = tqdm(total=run.train.steps, initial=done, desc=run.out.name, disable=None if rank() == 0 else True)
 
-    def _open(self) -> object:
+    def _open(self, done: int) -> TextIO:
         """Locks the folder, prepares the log, and returns the lock, which even a killed process releases."""
         folder, state = self.run.folder, self.run.state
         folder.mkdir(exist_ok=True)
@@ -53,7 +51,6 @@ class Log:
             part.unlink()
         if state is None and self.path.exists():  # left by a run whose checkpoints are gone
             self.path.rename(folder / f"metrics-{len(list(folder.glob('metrics*')))}.jsonl")
-        done = state["spent"]["steps"] if state else 0
         old = read_metrics(self.path) if state and self.path.exists() else []
         # The loss of step n belongs to the update after checkpoint n, a held-out loss to the one before it.
         kept = [line for line in old if line["step"] < done + ("held_out" in line)]
@@ -61,10 +58,8 @@ class Log:
         self.means = {line["step"]: line["mean"] for line in kept if "held_out" in line}
         return lock
 
-    def __enter__(self) -> "Log":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Ends the bar and releases the lock."""
         self.bar.close()
         if self.lock:
             self.lock.close()

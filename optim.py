@@ -43,8 +43,8 @@ def make_optimizers(model: nn.Module, cfg: TrainConfig, muon_dtype: torch.dtype)
     """AdamW for everything, or Muon for the matrices of the blocks and AdamW for the rest.
 
     They hold all parameters from step 0: a frozen one has no gradient and is skipped. Only matrices decay. The
-    embedding has its own rate, because most of its rows get gradients from only a few tokens of a batch.
-    AlexaTM 20B: Adam, weight decay 0.1; betas, eps, clipping and rates are ours.
+    embedding has its own rate: few tokens of a batch give a gradient to any of its rows. AlexaTM 20B: Adam, weight
+    decay 0.1; betas, eps, clipping and rates are ours.
     """
     muon = {n: p for n, p in model.named_parameters() if cfg.optimizer == "muon" and ".blocks." in n and p.ndim == 2}
     rest = {n: p for n, p in model.named_parameters() if n not in muon and n != "embed.weight"}

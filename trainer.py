@@ -17,7 +17,9 @@ import shutil
 import signal
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 
 import numpy as np
@@ -27,7 +29,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
 
 from checkpoint import MODELS, as_checkpoint, save_checkpoint, warm_start
 from cli import InputError, OneProcessError, build, rank, say, world
@@ -41,13 +44,12 @@ from optim import freeze_encoder, make_optimizers, rate
 
 Example = dict[str, np.ndarray]  # arguments of the model's forward for one row
 Objective = Callable[[np.ndarray, np.random.Generator], Example]
+Frozen = Callable[[int], bool]  # whether the encoder is frozen in a step
 TARGETS = {"labels", "tgt_out"}  # the arguments of forward that hold targets
-MAX_NOT_FINITE = 3  # updates in a row
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 LOST = {  # how torch says that a process is lost, and what we say
     "DataLoader worker": "a process that prepares rows died (out of memory?)",
-    "Connection closed by peer": "another process of the run died",
-    "Connection reset by peer": "another process of the run died",
+    " by peer": "another process of the run died",  # its connection was closed or reset
     "imed out": "another process of the run did not answer within --timeout",
 }
 
@@ -58,7 +60,12 @@ def start(description: str, kind: str, objective: type) -> Run:
     Raises InputError if flags and checkpoints contradict each other.
     """
     flags = parse_flags(description, kind, objective)
-    start_processes(build(TrainConfig, flags).timeout)
+    keep_memory()
+    if world() > 1:
+        wait = timedelta(seconds=build(TrainConfig, flags).timeout)
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=wait)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
     run = make_run(kind, flags, objective)
     if run.train.dtype == "bf16" and product_dtype("bf16") == torch.float32:
         say("this processor has no bf16 and would be 40 times slower with it: matrix products are in fp32")
@@ -101,26 +108,10 @@ def autocast(dtype: str) -> torch.autocast:
 
 
 def keep_memory() -> None:
-    """Makes glibc keep freed memory instead of returning it to the system: it saves 3 to 20 % of an update on a CPU.
-
-    Figures: benchmarks/README.md.
-    """
+    """Makes glibc keep freed memory, which saves 3 to 20 % of an update on a CPU (benchmarks/README.md)."""
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
-
-
-def start_processes(timeout: int) -> None:
-    """Joins the process group that torchrun describes in the environment, if there is one."""
-    keep_memory()
-    if world() > 1 and not dist.is_initialized():
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        try:
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-        except ValueError as error:  # WORLD_SIZE without the rest
-            raise InputError(f"the environment is not torchrun's ({error}); start with torchrun") from None
-    if torch.cuda.is_available():
-        torch.cuda.set_device(device())
 
 
 def _sum_over_ranks(values: list[float]) -> list[float]:
@@ -148,28 +139,6 @@ def _shard(model: nn.Module, dtype: str) -> None:
     fully_shard(model, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False))
 
 
-def _wrap(model: nn.Module) -> nn.Module:
-    """The model, in DDP if several processes each hold a whole copy of it.
-
-    It is wrapped again when the encoder freezes or thaws: DDP does not notice, and its ranks would silently drift
-    apart. FSDP2 notices.
-    """
-    if not dist.is_initialized() or isinstance(model, FSDPModule):
-        return model
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
-
-
-@contextlib.contextmanager
-def _gradients(wrapped: nn.Module, summed: bool) -> Iterator[None]:
-    """Sums the gradients of this backward pass over the processes only if asked: at the last micro-batch."""
-    if isinstance(wrapped, FSDPModule):
-        wrapped.set_requires_gradient_sync(summed)
-    with contextlib.ExitStack() as stack:
-        if isinstance(wrapped, DistributedDataParallel) and not summed:
-            stack.enter_context(wrapped.no_sync())
-        yield
-
-
 def _like(x: Tensor, p: Tensor) -> Tensor:
     """This process's shard of a whole tensor, if p is sharded."""
     if isinstance(p, DTensor) and x.shape == p.shape:
@@ -188,17 +157,13 @@ def collate(examples: list[Example], pad: int) -> dict[str, Tensor]:
     """
     batch = {}
     for name in examples[0]:
-        rows = [example[name] for example in examples]
-        longest = max(len(row) for row in rows)
-        stacked = np.full((len(rows), longest), IGNORE if name in TARGETS else pad, np.int64)
-        for row, values in zip(stacked, rows):
-            row[: len(values)] = values
-        batch[name] = torch.from_numpy(stacked)
-        if name == "labels":
-            batch["labelled"] = torch.from_numpy(np.flatnonzero(stacked != IGNORE))
-        if name == "src" and min(len(row) for row in rows) < longest:
-            lengths = torch.tensor([len(row) for row in rows])
-            batch["src_mask"] = torch.arange(longest) < lengths[:, None]  # [B, S]
+        rows = [torch.from_numpy(example[name]).long() for example in examples]
+        batch[name] = pad_sequence(rows, batch_first=True, padding_value=IGNORE if name in TARGETS else pad)
+    if "labels" in batch:
+        batch["labelled"] = (batch["labels"].flatten() != IGNORE).nonzero().flatten()
+    lengths = torch.tensor([len(example["src"]) for example in examples])
+    if lengths.min() < lengths.max():
+        batch["src_mask"] = torch.arange(lengths.max()) < lengths[:, None]  # [B, S]
     if device().type == "cuda":  # a copy from pinned memory does not hold up the GPU
         return {name: x.pin_memory().to(device(), non_blocking=True) for name, x in batch.items()}
     return batch
@@ -209,26 +174,19 @@ def n_targets(examples: list[Example]) -> int:
     return sum(int((example[name] != IGNORE).sum()) for example in examples for name in example if name in TARGETS)
 
 
-class _Batches(Dataset):
-    """Step -> the examples of this process, whichever worker asks for them."""
-
-    def __init__(self, run: Run, objective: Objective):
-        self.run, self.objective = run, objective
-
-    def __getitem__(self, step: int) -> list[Example]:
-        cfg, data = self.run.train, self.run.data
-        share = cfg.batch_size // world()
-        first = step * cfg.batch_size + rank() * share
-        return [self.objective(data.row(i), sample_rng(cfg.seed, NOISE, i)) for i in range(first, first + share)]
+def batch_of(run: Run, objective: Objective, step: int) -> list[Example]:
+    """The examples of this process in the batch of a step."""
+    share = run.train.batch_size // world()
+    first = step * run.train.batch_size + rank() * share
+    return [objective(run.data.row(i), sample_rng(run.train.seed, NOISE, i)) for i in range(first, first + share)]
 
 
 def _loader(run: Run, objective: Objective, first_step: int) -> DataLoader:
     """The examples of each step, made by --workers processes, or by this one on demand."""
     return DataLoader(
-        _Batches(run, objective),
+        range(first_step, run.train.steps),
         batch_size=None,
-        sampler=range(first_step, run.train.steps),
-        collate_fn=lambda examples: examples,
+        collate_fn=lambda step: batch_of(run, objective, step),
         num_workers=run.train.workers,
         multiprocessing_context="fork" if run.train.workers else None,
         worker_init_fn=lambda _: os.setpgid(0, 0),  # a signal to the group must not end workers before their last rows
@@ -262,11 +220,10 @@ def held_out_loss(
         n = dist.get_world_size() if dist.is_initialized() else 1  # eval.py is one process even under torchrun
         share, loss = examples[rank() :: n], torch.zeros((), dtype=torch.float64, device=device())
         for first in range(0, -(-len(examples) // n), 32):
-            # Under FSDP every process must take part in every pass: one without rows repeats a row, uncounted.
-            batch = collate(share[first : first + 32] or examples[:1], data.ids.pad)
-            with autocast(dtype):
-                part = model(**batch)
-            loss += part if share[first : first + 32] else 0.0
+            rows = share[first : first + 32]
+            with autocast(dtype):  # FSDP needs every process in every pass: one without rows repeats a row, uncounted
+                part = model(**collate(rows or examples[:1], data.ids.pad))
+            loss += part if rows else 0.0
         sums += [loss.item(), n_targets(share)]
     if isinstance(model, FSDPModule):
         model.reshard()  # parameters left gathered would not notice freezing or thawing
@@ -278,23 +235,16 @@ def held_out_loss(
 
 
 def fit(
-    run: Run,
-    model: nn.Module,
-    objective: Objective,
-    frozen: Callable[[int], bool] = lambda step: False,
-    scored: Objective | None = None,
+    run: Run, model: nn.Module, objective: Objective, frozen: Frozen = lambda _: False, scored: Objective | None = None
 ) -> None:
-    """Trains the model by the run's settings and writes its checkpoint; `frozen(step)` freezes the encoder.
+    """Trains the model by the run's settings and writes its checkpoint. Held-out losses are of `scored`, if given.
 
-    Held-out losses are those of the objective, or of `scored`.
     SIGTERM, SIGUSR1 and the end of torchrun end it after the next whole update, with a checkpoint to resume from.
     Raises InputError when the run cannot go on: another run writes there, the loss is no longer a number, another
     process is gone.
     """
     if run.train.batch_size % world():
         raise InputError(f"--batch-size {run.train.batch_size}: not a multiple of the {world()} processes; change it")
-    for language in run.data.languages:
-        run.data.n_valid_rows(language)  # better now than after days of training
     signals, parent, under_torchrun = [], os.getppid(), "TORCHELASTIC_RUN_ID" in os.environ
     before = {number: signal.signal(number, lambda n, _: signals.append(n)) for number in STOP_SIGNALS}
 
@@ -302,7 +252,7 @@ def fit(
         return bool(signals) or (under_torchrun and os.getppid() != parent)
 
     try:
-        with Log(run) as log:
+        with contextlib.closing(Log(run)) as log:
             Training(run, model, objective, frozen, scored or objective, log, told_to_stop).loop()
     except OneProcessError as error:  # torch puts its own report before the message of a row worker
         raise OneProcessError(str(error).strip().rsplit("OneProcessError: ", 1)[-1]) from None
@@ -318,21 +268,20 @@ def fit(
         dist.destroy_process_group()
 
 
+@dataclass
 class Training:
     """A run under way: its model, its optimizers and what it has spent."""
 
-    def __init__(
-        self,
-        run: Run,
-        model: nn.Module,
-        objective: Objective,
-        frozen: Callable[[int], bool],
-        scored: Objective,
-        log: Log,
-        told_to_stop: Callable[[], bool],
-    ):
-        self.run, self.model, self.objective, self.frozen = run, model, objective, frozen
-        self.scored, self.log, self.told_to_stop = scored, log, told_to_stop
+    run: Run
+    model: nn.Module
+    objective: Objective
+    frozen: Frozen
+    scored: Objective
+    log: Log
+    told_to_stop: Callable[[], bool]
+
+    def __post_init__(self) -> None:
+        run, model = self.run, self.model
         cfg = run.train
         model.to(device())
         if cfg.compile:
@@ -341,9 +290,9 @@ class Training:
         if dist.is_initialized() and cfg.parallel == "fsdp":
             _shard(model, cfg.dtype)
         self.optimizers = make_optimizers(model, cfg, product_dtype(cfg.dtype))
-        self.spent = {"steps": 0, "tokens": 0, "flops": 0.0, "thawed_flops": 0.0, "seconds": 0.0, "skipped": 0}
+        self.spent = Counter(steps=0, tokens=0, flops=0.0, thawed_flops=0.0, seconds=0.0, skipped=0)
         if run.state:
-            self.spent |= run.state["spent"]
+            self.spent.update(run.state["spent"])
             self._restore(run.state)
 
     def _restore(self, state: dict) -> None:
@@ -365,15 +314,16 @@ class Training:
         for step, examples in enumerate(_loader(run, self.objective, spent["steps"]), spent["steps"]):
             freeze_encoder(self.model.train(), self.frozen(step))
             if wrapped is None or self.frozen(step) != self.frozen(step - 1):
-                wrapped = _wrap(self.model)
+                wrapped = self.model
+                if dist.is_initialized() and cfg.parallel == "ddp":  # anew at the thaw, which DDP does not notice
+                    wrapped = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
             loss, norm, stop = self.update(wrapped, examples, step)
             not_finite = [] if math.isfinite(loss) and math.isfinite(norm) else [*not_finite, step]
             seconds, tokens = time.perf_counter() - began, cfg.batch_size * cfg.seq_len
-            for name, value in dict(steps=1, tokens=tokens, seconds=seconds, skipped=int(bool(not_finite))).items():
-                spent[name] += value
+            spent.update(steps=1, tokens=tokens, seconds=seconds, skipped=int(bool(not_finite)))
             self.log.step(step, loss, norm, cfg.lr * rate(step, cfg), tokens / seconds)
             done = step + 1
-            if len(not_finite) == MAX_NOT_FINITE:
+            if len(not_finite) == 3:
                 first, last = not_finite[0] * cfg.batch_size, done * cfg.batch_size - 1
                 where = f"in steps {not_finite}, samples {first:,} to {last:,}"
                 raise InputError(f"{run.out}: loss or gradients not finite {where}; lower --lr or --muon-lr")
@@ -387,13 +337,7 @@ class Training:
             began = time.perf_counter()
         if cfg.steps == 0 and not run.state:
             self.save()
-        done_before = run.out.exists() and run.state and run.state["spent"]["steps"] == cfg.steps
-        if dist.is_initialized():
-            dist.barrier()  # every process must have checked before one writes
-        if done_before:
-            say(f"{run.out}: already done, after {cfg.steps} steps")
-        else:
-            self.finish()
+        self.finish()
 
     def update(self, wrapped: nn.Module, examples: list[Example], step: int) -> tuple[float, float, bool]:
         """Does one update from this process's examples; returns mean loss in nats and gradient norm of the global
@@ -412,17 +356,20 @@ class Training:
             batch, labelled = collate(rows, run.data.ids.pad), n_targets(rows)
             flops += batch_flops(run.model, batch, labelled, self.frozen(step))
             thawed_flops += batch_flops(run.model, batch, labelled)
-            with _gradients(wrapped, summed=first + micro >= len(examples)):
-                with autocast(cfg.dtype):
-                    part = wrapped(**batch)
-                (part * (world() / all_targets)).backward()  # DDP and FSDP average over processes: undo that
+            last = first + micro >= len(examples)  # only then are the gradients summed over the processes
+            if isinstance(wrapped, FSDPModule):
+                wrapped.set_requires_gradient_sync(last)
+            elif isinstance(wrapped, DistributedDataParallel):
+                wrapped.require_backward_grad_sync = last
+            with autocast(cfg.dtype):
+                part = wrapped(**batch)
+            (part * (world() / all_targets)).backward()  # DDP and FSDP average over processes: undo that
             loss += part.detach()
         norm = nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         loss, norm = torch.stack([loss, norm]).tolist()  # one process waits for its GPU here and nowhere else
         loss_sum, flops, thawed_flops, stops = _sum_over_ranks([loss, flops, thawed_flops, float(self.told_to_stop())])
-        self.spent["flops"] += flops
-        self.spent["thawed_flops"] += thawed_flops
+        self.spent.update(flops=flops, thawed_flops=thawed_flops)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate(step, cfg)
@@ -433,15 +380,16 @@ class Training:
 
     def validate(self) -> None:
         """Computes and logs the held-out loss of every language, on 64 rows of each."""
-        run = self.run
+        data, dtype = self.run.data, self.run.train.dtype
         with torch.compiler.set_stance("force_eager"):  # layers compiled for its numbers of rows would train, too
-            losses = held_out_loss(self.model, run.data, run.data.languages, self.scored, run.train.dtype, 64)
+            losses = held_out_loss(self.model, data, data.languages, self.scored, dtype, 64)
         self.log.losses(self.spent["steps"], losses)
 
     def checkpoint(self) -> dict:
         """The result as of now: the current weights and the history so far."""
         run = self.run
-        history = run.history + [{"stage": run.kind, **self.spent, "settings": run.settings}]
+        before = run.state["history"][:-1] if run.state else run.init["history"] if run.init else []
+        history = [*before, {"stage": run.kind, **self.spent, "settings": run.settings}]
         return as_checkpoint(run.kind, run.model, self.model.state_dict(), run.data.tokenizer_model, history)
 
     def save(self) -> None:
@@ -456,9 +404,10 @@ class Training:
 
     def finish(self) -> None:
         """Writes the result and says what it cost and achieved."""
-        run, spent, steps = self.run, self.spent, self.run.train.steps
+        run, spent = self.run, self.spent
         save_checkpoint(run.out, self.checkpoint())
         cost = f"{spent['tokens']:,} tokens, {spent['flops']:.3g} FLOPs, {spent['seconds']:.0f} s of training"
-        say(f"{run.out}: {steps} steps, {cost}" + (f", {spent['skipped']} skipped" if spent["skipped"] else ""))
-        if steps:
+        skipped = f", {spent['skipped']} skipped" if spent["skipped"] else ""
+        say(f"{run.out}: {spent['steps']} steps, {cost}{skipped}")
+        if self.log.means:
             say(f"{run.out}: {self.log.summary()}")

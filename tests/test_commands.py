@@ -101,7 +101,7 @@ def test_mistakes_end_with_status_2_and_no_traceback(checkout, line, complaint):
 @pytest.mark.parametrize("ask", [torch.empty, np.empty], ids=["torch", "numpy"])
 def test_too_little_memory_is_one_line(ask, capsys):
     with pytest.raises(SystemExit, match="2"):
-        cli.run_command(lambda: ask(1 << 58))
+        cli.run_command(lambda: ask(1 << 50))
     said = capsys.readouterr().err
     assert re.fullmatch(r"[^\n]*: out of memory \([^\n]*\); use smaller micro-batches [^\n]*\n", said)
 

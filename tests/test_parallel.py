@@ -170,7 +170,7 @@ def test_global_batches_do_not_depend_on_the_ranks(data_dir, monkeypatch, ranks)
         rows = []
         for rank in range(ranks):
             monkeypatch.setenv("RANK", str(rank))
-            rows += trainer._Batches(run, objective)[step]
+            rows += trainer.batch_of(run, objective, step)
         for k, row in enumerate(rows):
             i = 8 * step + k
             expected = objective(data.row(i), trainer.sample_rng(0, trainer.NOISE, i))

@@ -158,13 +158,13 @@ def test_a_checkpoint_of_before_there_was_a_choice_has_learned_positions(command
         torch.save(content, path)
     assert load_checkpoint(encoder)["config"]["positions"] == "learned"
     command(train_encoder, "--data", data_dir, "--resume", "--out", "enc.pt")
-    with pytest.raises(InputError, match="--positions rotary: .* was started with learned"):
+    with pytest.raises(InputError, match="--positions rotary: .* has learned; leave the flag"):
         command(train_encoder, "--data", data_dir, "--resume", "--positions", "rotary", "--out", "enc.pt")
     stage2 = ["--data", data_dir, *ROWS, "--init", "enc.pt", "--steps", 1, "--unfreeze-at", 1]
     command(train_seq2seq, *stage2)
     taken = weights(tmp_path / "seq2seq.pt")
     assert all(torch.equal(taken[name], x) for name, x in weights(encoder).items() if name.startswith("encoder"))
-    with pytest.raises(InputError, match="enc.pt: its positions is learned, the flags ask for --positions rotary"):
+    with pytest.raises(InputError, match="--positions rotary: enc.pt has learned; leave the flag"):
         command(train_seq2seq, *stage2, "--positions", "rotary", "--out", "other.pt")
 
 
@@ -196,9 +196,9 @@ def test_resume_is_exact_across_the_unfreeze_step(command, data_dir, encoder, tm
     for line in whole + cut_:
         line.pop("tokens_per_second", None)
     assert cut_ == whole
-    before = (tmp_path / "cut.pt").stat().st_mtime_ns
+    before = (tmp_path / "cut.pt").read_bytes()
     command(train_seq2seq, "--out", "cut.pt", "--resume")  # finished: nothing to do
-    assert (tmp_path / "cut.pt").stat().st_mtime_ns == before
+    assert (tmp_path / "cut.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize("micro", [1, 3, 8])
@@ -405,12 +405,8 @@ def test_held_out_loss_is_the_mean_over_targets(data_dir):
         (train_seq2seq, ["--noise-density", 0.003], "--noise-density 0.003 of --seq-len 64 is no token; raise it"),
         (train_seq2seq, ["--mean-span", 0], "--mean-span is 0.0"),
         (train_seq2seq, ["--decoder-layers", 0], "--decoder-layers 0: it must be at least 1"),
-        (
-            train_seq2seq,
-            ["--init", "enc.pt", "--preset", "tiny"],
-            "enc.pt: its d_model is 32, the flags ask for --d-model 256",
-        ),
-        (train_seq2seq, ["--init", "enc.pt", "--d-ff", 99], "enc.pt: its d_ff is 64, the flags ask for --d-ff 99"),
+        (train_seq2seq, ["--init", "enc.pt", "--preset", "tiny"], "--d-model 256: enc.pt has 32; leave the flag"),
+        (train_seq2seq, ["--init", "enc.pt", "--d-ff", 99], "--d-ff 99: enc.pt has 64; leave the flag"),
         (train_seq2seq, ["--init", "enc.pt", "--seq-len", 64], "--seq-len 64: the model has 32 positions"),
     ],
 )
@@ -435,10 +431,6 @@ def test_compiling_without_a_compiler_is_refused_before_training(command, data_d
     [
         (["--noise-density", 0.99], "lower the density"),
         (["--noise-density", 0.99, "--workers", 1], r"^\d+ of \d+ tokens"),  # not behind a worker's traceback
-        (
-            ["--noise", "sentinel", "--noise-density", 0.93, "--mean-span", 1, "--seq-len", 32],
-            r"--noise-density 0\.93: a target of 33 tokens for a row of 32; lower",
-        ),
     ],
 )
 def test_settings_that_no_row_can_meet_are_refused_before_training(command, data_dir, tmp_path, flags, complaint):
@@ -480,7 +472,7 @@ def test_the_frozen_share_is_no_update_longer(monkeypatch, share, steps, expecte
 
 
 def test_nothing_is_overwritten(command, data_dir, encoder, tmp_path):
-    with pytest.raises(InputError, match=r"enc\.pt: exists; continue it with --resume, or give another --out"):
+    with pytest.raises(InputError, match=r"enc\.pt: exists; give another --out, or --resume"):
         command(train_encoder, "--data", data_dir)
     (tmp_path / "enc.pt").rename(tmp_path / "moved.pt")
     with pytest.raises(InputError, match=r"000000003\.pt: exists"):
@@ -491,19 +483,6 @@ def test_nothing_is_overwritten(command, data_dir, encoder, tmp_path):
     (tmp_path / "folder.pt").mkdir()
     with pytest.raises(InputError, match=r"folder\.pt: exists"):
         command(train_encoder, "--data", data_dir, "--out", "folder.pt")
-
-
-def test_a_file_that_came_while_a_run_was_stopped_is_not_taken_for_its_result(command, data_dir, tmp_path, monkeypatch):
-    stopped = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.Log, "step", stopped)
-        command(train_encoder, "--data", data_dir, *SMALL, *ROWS, "--steps", 3, "--out", "a.pt")
-    (tmp_path / "a.pt").write_text("another's")
-    with pytest.raises(InputError, match=r"a\.pt: exists but is not the result of this run"):
-        command(train_encoder, "--resume", "--out", "a.pt")
-    (tmp_path / "a.pt").unlink()
-    command(train_encoder, "--resume", "--out", "a.pt")
-    assert load_checkpoint(tmp_path / "a.pt")["history"][0]["steps"] == 3
 
 
 def test_a_run_lets_go_of_the_checkpoints_it_started_from(command, data_dir, encoder, tmp_path, monkeypatch):
@@ -518,9 +497,9 @@ def test_a_run_lets_go_of_the_checkpoints_it_started_from(command, data_dir, enc
 
 @pytest.mark.parametrize("flags", [["--steps", 2], ["--preset", "tiny"], ["--seed", 1], ["--init", "x.pt"]])
 def test_resume_with_a_contradicting_flag_is_refused(command, data_dir, encoder, flags):
-    with pytest.raises(InputError, match="was started with .*; leave the flag out"):
+    with pytest.raises(InputError, match="has .*; leave the flag or --preset out"):
         command(train_encoder, "--resume", *flags)
-    more = ["--log-every", 1, "--data", data_dir, "--lr", 0, "--max-len", 0]
+    more = ["--log-every", 1, "--data", data_dir]
     command(train_encoder, "--resume", "--steps", 3, *more)  # no contradiction
 
 
@@ -554,7 +533,7 @@ def test_the_same_command_starts_continues_and_extends_a_run(command, data_dir, 
     assert same(weights(tmp_path / "parts.pt"), weights(tmp_path / "whole.pt"))
     history = load_checkpoint(tmp_path / "parts.pt")["history"]
     assert [stage["steps"] for stage in history] == [3, 10]
-    with pytest.raises(InputError, match="--steps 6: .* was started with 10"):
+    with pytest.raises(InputError, match="--steps 6: .* has 10"):
         command(train_seq2seq, *flags, "--steps", 6, "--out", "parts.pt")
 
 
@@ -632,14 +611,6 @@ def test_a_damaged_checkpoint_is_refused(command, data_dir, encoder, tmp_path, d
     assert not (tmp_path / "executed").exists()
 
 
-def test_weights_that_do_not_fit_their_config_are_refused(encoder):
-    checkpoint = load_checkpoint(encoder)
-    checkpoint["config"]["n_encoder_layers"] = 5
-    torch.save(checkpoint, encoder)
-    with pytest.raises(InputError, match="its weights do not fit its config"):
-        load_model(encoder)
-
-
 def test_a_failed_save_leaves_the_last_good_checkpoint(command, data_dir, tmp_path, script):
     """No room on the disk, by a limit on file size: one line, and the file of the step before still loads."""
     path = tmp_path / "a.pt"
@@ -703,7 +674,7 @@ def test_a_file_system_that_cannot_lock_nor_flush_a_folder(command, data_dir, tm
 
 def test_a_result_whose_run_is_gone_is_not_made_again(command, data_dir, encoder, tmp_path, capsys):
     shutil.rmtree(tmp_path / "enc.run")
-    with pytest.raises(InputError, match=r"enc\.pt: exists, but its run has no checkpoint .* another --out"):
+    with pytest.raises(InputError, match=r"enc\.pt: exists; give another --out"):
         command(train_encoder, "--data", data_dir, "--resume", "--out", "enc.pt")
     assert encoder.exists() and "starting a new run" not in capsys.readouterr().out
 
