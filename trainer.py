@@ -160,10 +160,10 @@ def collate(examples: list[Example], pad: int) -> dict[str, Tensor]:
         rows = [torch.from_numpy(example[name]).long() for example in examples]
         batch[name] = pad_sequence(rows, batch_first=True, padding_value=IGNORE if name in TARGETS else pad)
     if "labels" in batch:
-        batch["labelled"] = (batch["labels"].flatten() != IGNORE).nonzero().flatten()
-    lengths = torch.tensor([len(example["src"]) for example in examples])
-    if lengths.min() < lengths.max():
-        batch["src_mask"] = torch.arange(lengths.max()) < lengths[:, None]  # [B, S]
+        batch["labelled"] = torch.from_numpy(np.flatnonzero(batch["labels"].numpy() != IGNORE))
+    lengths = [len(example["src"]) for example in examples]
+    if min(lengths) < max(lengths):
+        batch["src_mask"] = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # [B, S]
     if device().type == "cuda":  # a copy from pinned memory does not hold up the GPU
         return {name: x.pin_memory().to(device(), non_blocking=True) for name, x in batch.items()}
     return batch
