@@ -8,7 +8,6 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import field, fields
-from operator import ge, gt, le, lt
 from pathlib import Path
 
 from tqdm import tqdm
@@ -109,14 +108,17 @@ def flag(default: object, text: str, **more: object) -> object:
     return field(default=default, metadata={"help": text, **more})
 
 
-BOUNDS = {"least": (ge, "at least"), "most": (le, "at most"), "above": (gt, "above"), "below": (lt, "below")}
-
-
 def check_bounds(config: object) -> None:
     """Raises ValueError for the first field of a config whose value its flag does not allow."""
+    bounds = {
+        "least": (lambda x, bound: x >= bound, "at least"),
+        "most": (lambda x, bound: x <= bound, "at most"),
+        "above": (lambda x, bound: x > bound, "above"),
+        "below": (lambda x, bound: x < bound, "below"),
+    }
     for f in fields(config):
         value = getattr(config, f.name)
-        for key, (holds, words) in BOUNDS.items():
+        for key, (holds, words) in bounds.items():
             if key in f.metadata and not holds(value, f.metadata[key]):
                 raise ValueError(f"{f.name} is {value}: it must be {words} {f.metadata[key]}")
         if value not in (f.metadata.get("choices") or [value]):
