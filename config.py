@@ -154,6 +154,8 @@ def _resumed(out: Path, newest: Path, state: dict, preset: dict, flags: dict) ->
         free |= {"steps": flags.pop("steps"), "first_steps": stored.get("first_steps") or stored["steps"]}
         extended = f"extended from {stored['steps']:,} to {free['steps']:,} steps"
         say(f"{out}: {extended}; the learning rate follows the longer schedule")
+    if out.exists() and state["spent"]["steps"] < stored["steps"] and not stored.get("first_steps"):
+        raise InputError(f"{out}: exists but is not the result of this run, which is unfinished; move it away")
     _must_agree(preset | {"dropout": stored["dropout"]} | flags, stored, newest)  # --init's, whatever the preset's
     return stored | free
 

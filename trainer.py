@@ -63,7 +63,10 @@ def start(description: str, kind: str, objective: type) -> Run:
     keep_memory()
     if world() > 1:
         wait = timedelta(seconds=build(TrainConfig, flags).timeout)
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=wait)
+        try:
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=wait)
+        except ValueError as error:  # a cluster may set WORLD_SIZE and not the rest
+            raise InputError(f"the environment is not torchrun's ({error}); start with torchrun") from None
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     run = make_run(kind, flags, objective)

@@ -485,6 +485,25 @@ def test_nothing_is_overwritten(command, data_dir, encoder, tmp_path):
         command(train_encoder, "--data", data_dir, "--out", "folder.pt")
 
 
+def test_a_file_that_came_while_a_run_was_stopped_is_not_taken_for_its_result(command, data_dir, tmp_path, monkeypatch):
+    stopped = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Log, "step", stopped)
+        command(train_encoder, "--data", data_dir, *SMALL, *ROWS, "--steps", 3, "--out", "a.pt")
+    (tmp_path / "a.pt").write_text("another's")
+    with pytest.raises(InputError, match=r"a\.pt: exists but is not the result of this run"):
+        command(train_encoder, "--resume", "--out", "a.pt")
+    (tmp_path / "a.pt").unlink()
+    command(train_encoder, "--resume", "--out", "a.pt")
+    assert load_checkpoint(tmp_path / "a.pt")["history"][0]["steps"] == 3
+
+
+def test_an_environment_that_is_not_torchruns_is_refused(command, data_dir, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="the environment is not torchrun's .*; start with torchrun"):
+        command(train_encoder, "--data", data_dir, *SMALL, *ROWS, "--steps", 1)
+
+
 def test_a_run_lets_go_of_the_checkpoints_it_started_from(command, data_dir, encoder, tmp_path, monkeypatch):
     runs = []
     start = trainer.start
