@@ -86,5 +86,5 @@ class Log:
 
     def summary(self) -> str:
         """What the run achieved, next to the loss of a model that knows only how frequent each piece is."""
-        means = list(self.means.values())
-        return f"held-out loss {means[0]:.2f} before, {means[-1]:.2f} after; of single pieces {self.entropy:.2f}"
+        before, after = self.means[0], self.means[max(self.means)]
+        return f"held-out loss {before:.2f} before, {after:.2f} after; of single pieces {self.entropy:.2f}"

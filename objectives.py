@@ -143,7 +143,7 @@ def noise_row(
     Exactly round(L * density) tokens are noise, never special ones: spans are sampled over the ordinary tokens, and a
     span across a document's end is split there. With sentinels, neighbouring spans are joined if there are too few
     sentinels, or if the target would be longer than the row. Raises OneProcessError for a row with too few ordinary
-    tokens, or with too many special ones for its sentinels.
+    tokens, with too many special ones for its sentinels, or whose target is longer all the same.
     """
     ordinary = np.flatnonzero(tokens >= ids.ordinary)
     budget = round(len(tokens) * density)
@@ -163,7 +163,10 @@ def noise_row(
     if noise == "mask":
         return mask_spans(tokens, starts, lengths, ids), tokens
     if noise == "sentinel":
-        return sentinel_spans(tokens, starts, lengths, ids)
+        source, target = sentinel_spans(tokens, starts, lengths, ids)
+        if len(target) > len(tokens):
+            raise OneProcessError(f"{len(target)} tokens to generate for a row of {len(tokens)}: lower the density")
+        return source, target
     raise InputError(f"noise is {noise!r}: it must be drop, mask or sentinel")
 
 

@@ -412,5 +412,5 @@ class Training:
         cost = f"{spent['tokens']:,} tokens, {spent['flops']:.3g} FLOPs, {spent['seconds']:.0f} s of training"
         skipped = f", {spent['skipped']} skipped" if spent["skipped"] else ""
         say(f"{run.out}: {spent['steps']} steps, {cost}{skipped}")
-        if self.log.means:
+        if 0 in self.log.means:  # unless the log was removed on the way
             say(f"{run.out}: {self.log.summary()}")

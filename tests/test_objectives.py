@@ -178,6 +178,11 @@ def test_noise_of_a_row(length, density, seed):
     assert ((masked == IDS.mask).sum() > 0) == (budget > 0)
 
 
+def test_a_target_longer_than_its_row_is_refused():
+    with pytest.raises(ValueError, match="18 tokens to generate for a row of 16: lower the density"):
+        noise_row(np.full(16, 200), sample_rng(0, NOISE, 0), IDS, "sentinel", 0.95)
+
+
 @given(lengths, st.floats(0, 0.9), st.floats(0.1, 5), seeds)
 def test_there_are_sentinels_for_any_row(length, density, mean_span, seed):
     """As many of its tokens are noise as in the other noises; the target is no longer than the row."""

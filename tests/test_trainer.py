@@ -554,6 +554,10 @@ def test_the_same_command_starts_continues_and_extends_a_run(command, data_dir, 
     assert [stage["steps"] for stage in history] == [3, 10]
     with pytest.raises(InputError, match="--steps 6: .* has 10"):
         command(train_seq2seq, *flags, "--steps", 6, "--out", "parts.pt")
+    assert printed.count("parts.pt: held-out loss") == 2
+    (tmp_path / "parts.run" / "metrics.jsonl").unlink()
+    command(train_seq2seq, *flags, "--steps", 11, "--out", "parts.pt")
+    assert "before" not in capsys.readouterr().out  # nobody knows any more what it was
 
 
 def test_shares_of_the_steps_are_of_those_that_a_run_began_with():
