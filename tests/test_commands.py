@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -114,17 +115,20 @@ def test_other_faults_of_memory_keep_their_traceback():
         cli.run_command(main)
 
 
-def test_a_folder_that_may_not_be_read_is_one_line(tmp_path, capsys):
-    (tmp_path / "text").mkdir(mode=0)
+def test_a_folder_that_may_not_be_read_is_one_line(capsys):
     root = os.geteuid() == 0  # whom no mode keeps out
-    try:
-        if root:
-            os.seteuid(65534)
-        with pytest.raises(SystemExit, match="2"):
-            cli.run_command(lambda: data.find_text(tmp_path / "text"))
-    finally:
-        if root:
-            os.seteuid(0)
+    with tempfile.TemporaryDirectory() as folder:  # not tmp_path, which is below a folder of root's
+        os.chmod(folder, 0o755)
+        text = Path(folder) / "text"
+        text.mkdir(mode=0)
+        try:
+            if root:
+                os.seteuid(65534)
+            with pytest.raises(SystemExit, match="2"):
+                cli.run_command(lambda: data.find_text(text))
+        finally:
+            if root:
+                os.seteuid(0)
     assert re.fullmatch(r"/\S+: permission denied; [^\n]*\n", capsys.readouterr().err)
 
 
