@@ -32,9 +32,9 @@ import numpy as np
 from tqdm import tqdm
 
 from cli import InputError, run_command, say
-from objectives import ORDER, SpecialIds, sample_rng
+from objectives import ORDER, sample_rng
 from text import LAYOUT, Document, find_text, print_text, read_documents, text_lines
-from tokenizer import adopt_tokenizer, load_tokenizer, read_tokenizer, train_tokenizer
+from tokenizer import SpecialIds, adopt_tokenizer, load_tokenizer, read_tokenizer, train_tokenizer
 
 HERE = Path(__file__).resolve().parent
 SAMPLE_TEXT, SAMPLE_DATA = HERE / "sample" / "text", HERE / "sample" / "data"  # the embedded corpus, and its shards

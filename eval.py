@@ -30,8 +30,8 @@ from compute import paper_saving, saved, scratch_flops
 from config import SAMPLE, default_lr, open_data
 from data import HERE, TokenData
 from generate import generate
-from objectives import VALID_NOISE, SpecialIds, sample_rng
-from tokenizer import load_tokenizer
+from objectives import VALID_NOISE, sample_rng
+from tokenizer import SpecialIds, load_tokenizer
 from train_encoder import SCORED, MLMConfig, encoder_objective
 from train_seq2seq import DenoiseConfig, seq2seq_objective
 

@@ -20,8 +20,7 @@ import model as model_code
 from checkpoint import MODELS, as_checkpoint, load_model
 from cli import InputError
 from model import ModelConfig
-from objectives import SpecialIds
-from tokenizer import load_tokenizer, read_tokenizer
+from tokenizer import SpecialIds, load_tokenizer, read_tokenizer
 
 try:
     import transformers

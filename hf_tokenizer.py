@@ -8,8 +8,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from cli import say
-from objectives import SpecialIds
-from tokenizer import load_tokenizer, sentencepiece_messages
+from tokenizer import SpecialIds, load_tokenizer, sentencepiece_messages
 
 GAP = "\ufdd0"  # no text may hold this code point
 

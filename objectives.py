@@ -6,7 +6,6 @@ Sources: Devlin et al. 2019 (MLM), Lewis et al. 2020 (de-noising, BART), Soltan 
 paper's team: dropped spans), Raffel et al. 2020 (sentinels, T5).
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
 from math import lgamma, log, sqrt
 
@@ -15,29 +14,10 @@ from numpy import ndarray
 from numpy.random import Generator, Philox
 
 from cli import InputError, OneProcessError
+from tokenizer import SpecialIds
 
 IGNORE = -100  # label of a position that carries no loss
 ORDER, NOISE, VALID_NOISE = range(3)  # streams: no two uses of a seed share random numbers
-
-
-@dataclass(frozen=True)
-class SpecialIds:
-    """Ids of the special tokens, the same in every tokenizer of this project; ordinary pieces follow them."""
-
-    vocab_size: int
-    pad: int = 0
-    bos: int = 1  # <s>, starts the decoder
-    eos: int = 2  # </s>, closes a document
-    unk: int = 3
-    mask: int = 4
-    clm: int = 5  # [CLM], prefix of causal rows in AlexaTM 20B
-    sentinel: int = 6  # <extra_id_0>; <extra_id_k> is sentinel + k
-    n_sentinels: int = 100
-
-    @property
-    def ordinary(self) -> int:
-        """The first id that stands for text; so do all ids after it."""
-        return self.sentinel + self.n_sentinels
 
 
 def sample_rng(seed: int, stream: int, index: int) -> Generator:

@@ -25,8 +25,8 @@ import trainer
 from cli import InputError
 from generate import generate
 from model import Fusion
-from objectives import SpecialIds
 from task_data import Item, well_formed
+from tokenizer import SpecialIds
 
 METRICS = {  # the first chooses epoch and learning rate
     "nli": ("accuracy",),

@@ -2,6 +2,7 @@
 
 import io
 import random
+from dataclasses import dataclass
 from heapq import heappop, heappush
 from pathlib import Path
 from types import ModuleType
@@ -9,8 +10,28 @@ from types import ModuleType
 import sentencepiece as spm
 
 from cli import InputError
-from objectives import SpecialIds
 from text import read_documents, text_lines
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Ids of the special tokens, the same in every tokenizer of this project; ordinary pieces follow them."""
+
+    vocab_size: int
+    pad: int = 0
+    bos: int = 1  # <s>, starts the decoder
+    eos: int = 2  # </s>, closes a document
+    unk: int = 3
+    mask: int = 4
+    clm: int = 5  # [CLM], prefix of causal rows in AlexaTM 20B
+    sentinel: int = 6  # <extra_id_0>; <extra_id_k> is sentinel + k
+    n_sentinels: int = 100
+
+    @property
+    def ordinary(self) -> int:
+        """The first id that stands for text; so do all ids after it."""
+        return self.sentinel + self.n_sentinels
+
 
 TOKENIZER_CHARS = 8_000_000  # characters the tokenizer is trained on, in equal shares of the languages
 SPECIAL_PIECES = ["<pad>", "<s>", "</s>", "<unk>", "<mask>", "[CLM]"]  # in the order of their ids in SpecialIds

@@ -11,7 +11,8 @@ import numpy as np
 
 import trainer
 from cli import InputError, flag, run_command
-from objectives import SpecialIds, mask_tokens
+from objectives import mask_tokens
+from tokenizer import SpecialIds
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from torch import Tensor
 import trainer
 from cli import InputError, flag, run_command
 from model import Decoder, ModelConfig
-from objectives import SpecialIds, clm_row, noise_row
+from objectives import clm_row, noise_row
+from tokenizer import SpecialIds
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ from cli import append_json, run_command  # noqa: E402
 from data import TokenData  # noqa: E402
 from log import read_metrics  # noqa: E402
 from model import PRESETS  # noqa: E402
-from objectives import NOISE, SpecialIds, sample_rng  # noqa: E402
+from objectives import NOISE, sample_rng  # noqa: E402
+from tokenizer import SpecialIds  # noqa: E402
 from train_encoder import SCORED, MLMConfig, encoder_objective  # noqa: E402
 from train_seq2seq import DenoiseConfig, seq2seq_objective  # noqa: E402
 

@@ -39,7 +39,8 @@ from data import HEADER, SAMPLE_OPTIONS, SAMPLE_TEXT, TokenData, prepare, read_m
 from generate import generate  # noqa: E402
 from hf import hf_model  # noqa: E402
 from model import PRESETS, MaskedLM, ModelConfig, Seq2Seq  # noqa: E402
-from objectives import SpecialIds, mask_tokens, noise_row, sample_rng  # noqa: E402
+from objectives import mask_tokens, noise_row, sample_rng  # noqa: E402
+from tokenizer import SpecialIds  # noqa: E402
 from train_encoder import SCORED, encoder_objective  # noqa: E402
 from train_seq2seq import DenoiseConfig, seq2seq_objective  # noqa: E402
 

@@ -31,8 +31,7 @@ from data import SAMPLE_TEXT, prepare
 from generate import generate
 from hf_tokenizer import hf_tokenizer, save_tokenizer
 from model import IGNORE
-from objectives import SpecialIds
-from tokenizer import adopt_tokenizer, load_tokenizer, sentencepiece_messages
+from tokenizer import SpecialIds, adopt_tokenizer, load_tokenizer, sentencepiece_messages
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from objectives import (
     IGNORE,
     NOISE,
     ORDER,
-    SpecialIds,
     clm_row,
     drop_spans,
     mask_spans,
@@ -23,6 +22,7 @@ from objectives import (
     sample_spans,
     sentinel_spans,
 )
+from tokenizer import SpecialIds
 
 IDS = SpecialIds(1000)
 SIX = np.arange(106, 112)

@@ -17,6 +17,7 @@ import extract
 import objectives
 import train_encoder
 import train_seq2seq
+from tokenizer import SpecialIds
 
 TEXT = (ROOT / "README.md").read_text("utf-8")
 RECIPES, RESULTS = ((ROOT / folder / "README.md").read_text("utf-8") for folder in ("recipes", "results"))
@@ -116,7 +117,7 @@ def test_how_to_change_it(user, data_dir):
 
 def test_the_drawn_objectives():
     words = re.search(r"^row +(.*)", TEXT, re.M)[1].split()
-    ids = objectives.SpecialIds(106 + len(words))
+    ids = SpecialIds(106 + len(words))
     names = {ids.mask: "<mask>", ids.clm: "[CLM]"} | {ids.sentinel + k: f"<extra_id_{k}>" for k in range(3)}
     names |= {106 + i: word for i, word in enumerate(words)}
     row, spans = 106 + np.arange(6), (np.array([1, 5]), np.array([2, 1]))

@@ -8,8 +8,7 @@ from foreign import FOREIGN, ODD_LINES, foreign, train, without
 
 from cli import InputError
 from data import SAMPLE_TEXT, TokenData, prepare
-from objectives import SpecialIds
-from tokenizer import BYTE_PIECES, SPECIAL_PIECES, adopt_tokenizer, load_tokenizer
+from tokenizer import BYTE_PIECES, SPECIAL_PIECES, SpecialIds, adopt_tokenizer, load_tokenizer
 
 FIRST = len(SPECIAL_PIECES + BYTE_PIECES)
 LINES = [line for path in sorted(SAMPLE_TEXT.glob("*.txt")) for line in path.read_text("utf-8").splitlines()]
