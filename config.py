@@ -20,7 +20,7 @@ SAMPLE = "sample/data"  # how a checkpoint's settings name the embedded corpus, 
 class TrainConfig:
     """How to train. The defaults suit the embedded corpus. The paper's (recalled): 1M tokens a batch, 500k updates."""
 
-    data: str = flag(SAMPLE, "data folder written by data.py, or sample/data: the embedded corpus")
+    data: str = flag(SAMPLE, "data folder written by data.py (sample/data: the embedded corpus); with --init: its data")
     steps: int = flag(400, "updates; 0 writes an initialised checkpoint", least=0)
     batch_size: int = flag(32, "rows per update, over all processes", least=1)
     micro_batch_size: int = flag(0, "rows that a process takes at a time; 0: its whole share", least=0)
@@ -79,6 +79,15 @@ class Run:
 def default_lr(d_model: int) -> float:
     """AdamW's peak rate if none is given: 1e-3 at width 256, 5e-4 at 1024."""
     return 0.016 / math.sqrt(max(1, d_model))
+
+
+def settings_of(checkpoint: dict) -> dict:
+    """The settings that a checkpoint was trained with; those of a later stage win."""
+    # a model from elsewhere has no history, and the last stage of an extracted encoder has no settings
+    settings = {"data": SAMPLE, "dtype": "fp32", "seq_len": checkpoint["config"]["max_len"]}
+    for stage in checkpoint["history"]:
+        settings |= stage["settings"]
+    return settings
 
 
 def parse_flags(description: str, kind: str, objective: type) -> dict:
@@ -174,6 +183,9 @@ def _fresh(out: Path, newest: Path | None, preset: dict, flags: dict) -> tuple[d
     given = {name: value for name, value in (preset | flags).items() if name in shape and name != "dropout"}
     _must_agree(given, shape, flags["init"])
     default = {"n_decoder_layers": shape["n_encoder_layers"], "seq_len": shape["max_len"]}
+    default["data"] = settings_of(init)["data"]
+    if "data" not in flags and default["data"] != SAMPLE:
+        say(f"{flags['init']} was trained on {default['data']}: so is this model; --data names another folder")
     return init, default | preset | shape | flags
 
 

@@ -27,7 +27,7 @@ import trainer
 from checkpoint import load_checkpoint, load_model
 from cli import InputError, append_json, build, rank, run_command
 from compute import paper_saving, saved, scratch_flops
-from config import SAMPLE, default_lr, open_data
+from config import default_lr, open_data, settings_of
 from data import HERE, TokenData
 from generate import generate
 from objectives import VALID_NOISE, sample_rng
@@ -70,15 +70,6 @@ def rebuild(model: nn.Module, src: Tensor, beams: int) -> list[int]:  # [1, S] -
 
 
 # The evaluations ---------------------------------------------------------------------------------------------------
-
-
-def settings_of(checkpoint: dict) -> dict:
-    """The settings that a checkpoint was trained with; those of a later stage win."""
-    # a model from elsewhere has no history, and the last stage of an extracted encoder has no settings
-    settings = {"data": SAMPLE, "dtype": "fp32", "seq_len": checkpoint["config"]["max_len"]}
-    for stage in checkpoint["history"]:
-        settings |= stage["settings"]
-    return settings
 
 
 def print_losses(args: argparse.Namespace) -> None:

@@ -504,6 +504,13 @@ def test_an_environment_that_is_not_torchruns_is_refused(command, data_dir, monk
         command(train_encoder, "--data", data_dir, *SMALL, *ROWS, "--steps", 1)
 
 
+def test_without_data_a_second_stage_reads_that_of_the_first(command, data_dir, encoder, tmp_path, capsys):
+    command(train_seq2seq, *ROWS, "--init", "enc.pt", "--steps", 1, "--out", "two.pt")
+    assert f"enc.pt was trained on {data_dir}: so is this model; --data names another" in capsys.readouterr().out
+    first, second = load_checkpoint(tmp_path / "two.pt")["history"]
+    assert first["settings"]["data"] == second["settings"]["data"] == str(data_dir)
+
+
 def test_a_run_lets_go_of_the_checkpoints_it_started_from(command, data_dir, encoder, tmp_path, monkeypatch):
     runs = []
     start = trainer.start
