@@ -514,6 +514,8 @@ def main() -> None:
         return
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     print(f"torch {torch.__version__}, {name}, {args.rounds} rounds")
+    if trainer.product_dtype("bf16") == torch.float32:
+        print("this processor has no bf16: products in lines named bf16 are in fp32, except for generation")
     for part in args.only or PARTS:
         PARTS[part](args.rounds)
 
