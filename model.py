@@ -77,6 +77,12 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, i
     return scores.softmax(-1) @ v
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """That of matrix products with x: autocast's, where it is on, or x's own."""
+    on = torch.is_autocast_enabled(x.device.type)
+    return torch.get_autocast_dtype(x.device.type) if on else x.dtype
+
+
 @lru_cache
 @torch.inference_mode(False)  # a table made in that mode could not be used in training
 def rotary_table(length: int, head_dim: int, device: torch.device) -> Tensor:  # -> [2, length, 1, K]
@@ -92,7 +98,7 @@ def rotary_table(length: int, head_dim: int, device: torch.device) -> Tensor:  #
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:  # [B, T, H, K], [2, T, 1, K] -> [B, T, H, K]
     """Turns each pair (x_i, x_{i + K/2}) by the angle of its position: q k^T then depends on their distance only."""
-    cos, sin = turn.to(x.dtype)
+    cos, sin = turn
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
@@ -220,7 +226,8 @@ class Stack(nn.Module):
             raise ValueError(f"a row of {end} tokens: the model was made for rows of at most {cfg.max_len}")
         if cfg.positions == "learned":
             return None
-        return rotary_table(cfg.max_len, cfg.d_model // cfg.n_heads, x.device)[:, start:end]
+        table = rotary_table(cfg.max_len, cfg.d_model // cfg.n_heads, x.device)[:, start:end]
+        return table.to(product_dtype(x))  # once here, not in every layer
 
     def placed(self, embedded: Tensor, start: int = 0) -> Tensor:  # [B, T, D] -> [B, T, D]
         """The input of the first layer: embedded tokens, with learned positions from `start` on, if any."""
@@ -287,45 +294,58 @@ class Fusion(nn.Module):
         return (self.weights(layers)[..., None] * layers).sum(0)
 
 
+def softmax_loss(logits: Tensor, bias: Tensor | None, targets: Tensor, gradient: bool) -> Tensor:
+    """The sum of cross-entropies in nats of softmax(logits [N, V] + bias [V]), over targets [N] that are not IGNORE.
+
+    With `gradient`, its gradient overwrites the logits.
+    """
+    x = logits.float() if bias is None else logits + bias.float()  # [N, V]
+    real, token = (targets != IGNORE)[:, None], targets.clamp(min=0)[:, None]  # [N, 1]
+    p = x.softmax(-1)
+    log_z = x.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()  # [N, 1]
+    loss = ((log_z - x.gather(1, token)) * real).sum()
+    if gradient:
+        at_target = (p.gather(1, token) - 1) * real  # [N, 1]
+        logits.copy_(p.mul_(real)).scatter_(1, token, at_target.to(logits.dtype))
+    return loss
+
+
 class ProjectionLoss(torch.autograd.Function):
     """Sum of cross-entropies of `softmax(hidden @ weight.T + bias)`, never holding more than a chunk of the logits.
 
-    At a 150k vocabulary the logits of 64 rows of 512 would be 9.8 GB in bf16; a chunk here is 32 MB. Since the loss is
-    a sum, its gradient is known as soon as a chunk's logits are: the forward pass computes it, the backward pass only
-    scales it, as in Liger Kernel (Hsu et al. 2024). Gradients that nobody needs (a frozen embedding) are not computed.
-    On a CPU the fp32 softmax takes only as many rows at a time as fit the cache.
+    At a 150k vocabulary the logits of 64 rows of 512 would be 9.8 GB in bf16; a chunk is 32 MB on a CPU and 0.5 GB on a
+    GPU. Since the loss is a sum, its gradient is known as soon as a chunk's logits are: the forward pass computes it,
+    the backward pass only scales it, as in Liger Kernel (Hsu et al. 2024). Gradients that nobody needs (a frozen
+    embedding) are not computed. On a CPU the fp32 softmax takes only as many rows at a time as fit the cache.
     """
 
-    CHUNK_LOGITS = 2**24
+    CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**28}
     CACHED_LOGITS = 2**20  # 4 MB in fp32
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        """hidden [N, D], weight [V, D], bias [V], targets [N] -> the sum in nats over targets that are not IGNORE."""
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        h_all, w, inputs = hidden.to(dtype), weight.to(dtype), (hidden, weight, bias)
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softmax: Callable = softmax_loss
+    ) -> Tensor:
+        """hidden [N, D], weight [V, D], bias [V], targets [N] -> the sum in nats over targets that are not IGNORE.
+
+        `softmax` is `softmax_loss`, compiled or not.
+        """
+        device, dtype, inputs = hidden.device.type, product_dtype(hidden), (hidden, weight, bias)
+        h_all, w = hidden.to(dtype), weight.to(dtype)
         total = torch.zeros((), device=hidden.device)
         ctx.grads = [torch.zeros_like(x) if need else None for x, need in zip(inputs, ctx.needs_input_grad)]
         d_hidden, d_weight, d_bias = ctx.grads
-        rows = min(len(targets), max(1, ProjectionLoss.CHUNK_LOGITS // len(weight)))
+        rows = min(len(targets), max(1, ProjectionLoss.CHUNK_LOGITS[device] // len(weight)))
         few = max(1, ProjectionLoss.CACHED_LOGITS // len(weight)) if device == "cpu" else rows
         product = hidden.new_empty(rows, len(weight), dtype=dtype)  # reused: allocating costs a CPU more than computing
         d_part = None if d_weight is None else torch.empty_like(w)
         for start in range(0, len(targets), max(1, rows)):
-            h, target = h_all[start : start + rows], targets[start : start + rows, None]  # [N, D], [N, 1]
-            chunk = torch.mm(h, w.T, out=product[: len(h)])  # [N, V]: logits, then d_logits
-            for part, token in zip(chunk.split(few), target.split(few)):
-                logits = part.float() if bias is None else part + bias.float()  # [few, V]
-                real, token = token != IGNORE, token.clamp(min=0)  # [few, 1]
-                p = logits.softmax(-1)
-                log_z = logits.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()  # [few, 1]
-                total += ((log_z - logits.gather(1, token)) * real).sum()
-                if any(ctx.needs_input_grad):
-                    d_logits = p.scatter_add_(1, token, -torch.ones_like(log_z)).mul_(real)
-                    if d_bias is not None:
-                        d_bias += d_logits.sum(0)
-                    part.copy_(d_logits)
+            h = h_all[start : start + rows]  # [N, D]
+            chunk = torch.mm(h, w.T, out=product[: len(h)])  # [N, V]: logits, then their gradient
+            for part, target in zip(chunk.split(few), targets[start : start + rows].split(few)):
+                total += softmax(part, bias, target, any(ctx.needs_input_grad))
+                if d_bias is not None:
+                    d_bias += part.sum(0, dtype=torch.float32)
             if d_hidden is not None:
                 d_hidden[start : start + rows] = chunk @ w
             if d_weight is not None:
@@ -333,16 +353,18 @@ class ProjectionLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # [] -> [N, D], [V, D], [V], None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # [] -> [N, D], [V, D], [V], None, None
         """The gradients from the forward pass, scaled."""
-        return *(None if g is None else g * grad for g in ctx.grads), None
+        return *(None if g is None else g * grad for g in ctx.grads), None, None
 
 
-def projection_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+def projection_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softmax: Callable = softmax_loss
+) -> Tensor:
     """ProjectionLoss, without gradients under no_grad: the Function cannot see it, autograd is always off inside."""
     if not torch.is_grad_enabled():
         hidden, weight, bias = (None if x is None else x.detach() for x in (hidden, weight, bias))
-    return ProjectionLoss.apply(hidden, weight, bias, targets)
+    return ProjectionLoss.apply(hidden, weight, bias, targets, softmax)
 
 
 def _init_weights(module: nn.Module) -> None:
@@ -366,7 +388,7 @@ class MaskedLM(nn.Module):
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.softmax_loss = cfg, softmax_loss
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.encoder = Encoder(cfg)
         self.head = nn.Sequential(nn.Linear(cfg.d_model, cfg.d_model), nn.GELU(), nn.LayerNorm(cfg.d_model))
@@ -392,7 +414,7 @@ class MaskedLM(nn.Module):
         labels = labels.flatten()  # [B * S]
         labelled = (labels != IGNORE).nonzero().squeeze(1) if labelled is None else labelled
         hidden = self.head(self.encoder(self.embed(src), src_mask, selected=labelled))  # [N, D]
-        return projection_loss(hidden, self.embed.weight, self.head_bias, labels[labelled])
+        return projection_loss(hidden, self.embed.weight, self.head_bias, labels[labelled], self.softmax_loss)
 
 
 class Seq2Seq(nn.Module):
@@ -402,7 +424,7 @@ class Seq2Seq(nn.Module):
         super().__init__()
         if cfg.n_decoder_layers < 1:
             raise ValueError(f"n_decoder_layers is {cfg.n_decoder_layers}: a seq2seq model needs at least 1")
-        self.cfg = cfg
+        self.cfg, self.softmax_loss = cfg, softmax_loss
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.encoder = Encoder(cfg)
         self.fusion = Fusion(cfg) if cfg.fusion else None
@@ -426,4 +448,4 @@ class Seq2Seq(nn.Module):
     def forward(self, src: Tensor, tgt_in: Tensor, tgt_out: Tensor, src_mask: Tensor | None = None) -> Tensor:
         """Sum of the losses in nats over the real positions of tgt_out [B, T], for src [B, S] and tgt_in [B, T]."""
         hidden = self.decode(tgt_in, self.encode(src, src_mask), src_mask)  # [B, T, D]
-        return projection_loss(hidden.flatten(0, 1), self.embed.weight, None, tgt_out.flatten())
+        return projection_loss(hidden.flatten(0, 1), self.embed.weight, None, tgt_out.flatten(), self.softmax_loss)

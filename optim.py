@@ -18,25 +18,29 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update of every matrix that has a gradient."""
+        """One update of every matrix that has a gradient, those of a shape together: few large products for a GPU."""
         for group in self.param_groups:
+            shapes: dict[torch.Size, list[nn.Parameter]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                    momentum.lerp_(p.grad, 0.05)
-                    update = orthogonal(p.grad.lerp(momentum, 0.95).to(self.dtype))  # Nesterov momentum
+                    self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)).lerp_(p.grad, 0.05)
+                    shapes.setdefault(p.shape, []).append(p)
+            for shape, params in shapes.items():
+                moved = [p.grad.lerp(self.state[p]["momentum_buffer"], 0.95) for p in params]  # Nesterov momentum
+                updates = orthogonal(torch.stack(moved).to(self.dtype))
+                for p, update in zip(params, updates):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update, alpha=-group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
+                    p.add_(update, alpha=-group["lr"] * max(1, shape[0] / shape[1]) ** 0.5)
 
 
-def orthogonal(x: Tensor) -> Tensor:  # [N, M] -> [N, M]
+def orthogonal(x: Tensor) -> Tensor:  # [B, N, M] -> [B, N, M]
     """Five Newton-Schulz steps with the coefficients of Jordan et al.: all singular values move to 0.7 ... 1.2."""
-    wide = x if x.shape[0] <= x.shape[1] else x.T
-    wide = wide / wide.norm().clamp(min=1e-7)
+    wide = x if x.shape[1] <= x.shape[2] else x.mT
+    wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
-        gram = wide @ wide.T
-        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), wide, beta=3.4445)
-    return wide if x.shape[0] <= x.shape[1] else wide.T
+        gram = wide @ wide.mT
+        wide = torch.baddbmm(wide, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), wide, beta=3.4445)
+    return wide if x.shape[1] <= x.shape[2] else wide.mT
 
 
 def make_optimizers(model: nn.Module, cfg: TrainConfig, muon_dtype: torch.dtype) -> list[torch.optim.Optimizer]:

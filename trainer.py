@@ -38,7 +38,7 @@ from compute import batch_flops
 from config import Run, TrainConfig, make_run, parse_flags, run_checkpoints
 from data import TokenData
 from log import Log
-from model import IGNORE
+from model import IGNORE, softmax_loss
 from objectives import NOISE, VALID_NOISE, sample_rng
 from optim import freeze_encoder, make_optimizers, rate
 
@@ -288,6 +288,7 @@ class Training:
         cfg = run.train
         model.to(device())
         if cfg.compile:
+            model.softmax_loss = torch.compile(softmax_loss)  # one pass over the logits, not six
             for block in blocks(model):
                 block.compile()
         if dist.is_initialized() and cfg.parallel == "fsdp":

@@ -243,7 +243,8 @@ def projection() -> Runs:
     positions, width, vocabulary = (64, 32, 1000) if SMOKE else (16_384, 1024, VOCABULARY)
 
     def measure(folder: Path, power: int) -> dict:
-        ProjectionLoss.CHUNK_LOGITS, seconds, device = 1 << power, [], trainer.device()
+        seconds, device = [], trainer.device()
+        ProjectionLoss.CHUNK_LOGITS[device.type] = 1 << power
         hidden, weight = (torch.randn(n, width, device=device, requires_grad=True) for n in (positions, vocabulary))
         targets = torch.randint(vocabulary, (positions,), device=device)
         for _ in range(6):
