@@ -91,10 +91,10 @@ def cannot_write(path: Path, error: Exception) -> InputError:
 
 
 def append_json(path: Path, *rows: dict) -> None:
-    """Appends JSON lines to a file. Raises InputError if it cannot be written."""
+    """Appends JSON lines to a file, at once: other runs may write there too. Raises InputError if it cannot."""
     try:
         with open(path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
     except OSError as error:
         raise cannot_write(path, error) from None
 

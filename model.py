@@ -12,7 +12,7 @@ Boolean masks are True where a token is real, as in `scaled_dot_product_attentio
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -319,7 +319,7 @@ class ProjectionLoss(torch.autograd.Function):
     embedding) are not computed. On a CPU the fp32 softmax takes only as many rows at a time as fit the cache.
     """
 
-    CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**28}
+    CHUNK_LOGITS: ClassVar = {"cpu": 2**24, "cuda": 2**28}
     CACHED_LOGITS = 2**20  # 4 MB in fp32
 
     @staticmethod

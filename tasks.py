@@ -39,7 +39,8 @@ METRICS = {  # the first chooses epoch and learning rate
 GENERATION = ("parse", "summ")
 MIN_UPDATES = 500  # when fine-tuning on a small set
 SCORED_TOKENS = 8192  # at a time
-GENERATED_TOKENS = 1 << 17  # positions of a batch, at most 64 sources
+GENERATED_TOKENS = 1 << 17  # positions of a batch
+SOURCES = {"cpu": 64, "cuda": 512}  # of a batch at most: a GPU takes as long for a few
 DEV_TEXTS = 200  # generated to choose an epoch
 
 
@@ -278,7 +279,8 @@ class Writer:
         beams, ids = beams or self.job.beams, self.job.ids
         sources = [{"src": self.encode(item)["src"]} for item in items]
         order = sorted(range(len(items)), key=lambda k: len(sources[k]["src"]), reverse=True)
-        texts, n = [""] * len(items), max(1, min(64, GENERATED_TOKENS // (beams * self.model.cfg.max_len)))
+        most = min(SOURCES[trainer.device().type], GENERATED_TOKENS // (beams * self.model.cfg.max_len))
+        texts, n = [""] * len(items), max(1, most)
         with tqdm(total=len(items), desc=bar, leave=False, disable=None) as progress:
             for chosen in (order[i : i + n] for i in range(0, len(order), n)):
                 out = self.generate(**trainer.collate([sources[k] for k in chosen], ids.pad), beams=beams).tolist()

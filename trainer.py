@@ -130,6 +130,13 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return [block for part in model.children() for block in getattr(part, "blocks", [])]
 
 
+def compile_parts(model: nn.Module) -> None:
+    """Has torch compile each layer, and the softmax over the vocabulary: one pass over the logits instead of six."""
+    for block in blocks(model):
+        block.compile()
+    model.softmax_loss = torch.compile(softmax_loss)
+
+
 def _shard(model: nn.Module, dtype: str) -> None:
     """Splits every parameter over the processes (FSDP2): a group for each block, one for the rest.
 
@@ -288,9 +295,7 @@ class Training:
         cfg = run.train
         model.to(device())
         if cfg.compile:
-            model.softmax_loss = torch.compile(softmax_loss)  # one pass over the logits, not six
-            for block in blocks(model):
-                block.compile()
+            compile_parts(model)
         if dist.is_initialized() and cfg.parallel == "fsdp":
             _shard(model, cfg.dtype)
         self.optimizers = make_optimizers(model, cfg, product_dtype(cfg.dtype))

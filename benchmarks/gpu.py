@@ -22,7 +22,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -45,6 +45,7 @@ SMOKE = "--smoke" in sys.argv
 GPUS = 2 if SMOKE else torch.cuda.device_count()  # processes of a parallel run
 ROWS = {"small": (256, 64), "base": (128, 32), "paper": (128, 32), "micro": (4, 2)}  # an update's, a micro-batch's
 VOCABULARY, WARM = 150_000, 4  # pieces; updates that do not count
+TEMPORARY = tempfile.TemporaryDirectory()
 SHORT = "--log-every 1 --eval-every 1000 --seq-len 64 --batch-size 32 --micro-batch-size 8 --steps 20 --save-every 10"
 if SMOKE:
     SHORT = "--log-every 1 --eval-every 1000 --seq-len 32 --batch-size 4 --micro-batch-size 2 --steps 4 --save-every 2"
@@ -150,10 +151,11 @@ def resume() -> Runs:
 # What it costs ------------------------------------------------------------------------------------------------------
 
 
-def large_vocabulary(folder: Path) -> Path:
+@cache
+def large_vocabulary() -> Path:
     """The embedded corpus by its own tokenizer and so many more pieces that no text is cut into."""
     open_data(SAMPLE, 32)
-    tokenizer = (SAMPLE_DATA / "tokenizer.model").read_bytes()
+    folder, tokenizer = Path(TEMPORARY.name), (SAMPLE_DATA / "tokenizer.model").read_bytes()
     for i in range(SAMPLE_OPTIONS["vocab_size"], VOCABULARY):  # protocol buffers put end to end are one
         piece = b"w%06d" % i
         entry = b"\x0a" + bytes([len(piece)]) + piece + b"\x15" + struct.pack("<f", -20.0)
@@ -166,7 +168,7 @@ def large_vocabulary(folder: Path) -> Path:
 def train(folder: Path, preset: str, task: str, flags: str = "", processes: int = 1) -> dict:
     """A training run in bf16: tokens/s by its log, the median update; the rest of what `watch` prints."""
     rows, micro = ROWS[preset]
-    length, steps, data = (64, WARM + 3, SAMPLE_DATA) if SMOKE else (512, WARM + 12, large_vocabulary(folder))
+    length, steps, data = (64, WARM + 3, SAMPLE_DATA) if SMOKE else (512, WARM + 12, large_vocabulary())
     line = f"{__file__} --watch {'train_encoder' if task == 'mlm' else 'train_seq2seq'} --out x.pt --preset {preset}"
     line += f" --seq-len {length} --batch-size {rows * processes} --micro-batch-size {micro} --steps {steps}"
     line += f" --data {data} --log-every 1 --eval-every 1000 --workers 2 {flags}"
@@ -222,20 +224,41 @@ def speed(preset: str) -> Runs:
                 yield f"{preset}, {task}, {how}", partial(train, preset=shape, task=task, flags=flags)
 
 
+def turns(options: list[dict]) -> list[dict]:
+    """Milliseconds of an update and memory of each contender; they take turns."""
+    found = take_turns(options, *(1, 1) if SMOKE else (5, 4))
+    if any(math.isnan(seconds) for seconds, _ in found):
+        raise ValueError("a process ended: out of memory?")
+    return [{"ms": 1000 * seconds, "peak GB": memory / 1e9} for seconds, memory in found]
+
+
 def peers(preset: str) -> Runs:
     """Updates by AdamW beside transformers, which attends by sdpa: both compiled, with learned positions."""
     o = BASE | dict(preset=preset, vocab=VOCABULARY, rows=16, length=512, dtype="bf16", positions="learned")
     o |= dict(preset="micro", vocab=2000, rows=2, length=32) if SMOKE else dict(compile=True)
 
-    def measure(folder: Path, task: str, who: str) -> dict:
-        ((seconds, memory),) = take_turns([o | dict(task=task, who=who)], *(1, 1) if SMOKE else (5, 4))
-        if math.isnan(seconds):
-            raise ValueError("its process ended: out of memory?")
-        return {"tokens/s": o["rows"] * o["length"] / seconds, "peak GB": memory / 1e9}
+    def measure(folder: Path, task: str) -> dict:
+        who = ("ours", "transformers")
+        ours, theirs = turns([o | dict(task=task, who=x) for x in who])
+        return {"ours": ours, "transformers": theirs, "times as fast": theirs["ms"] / ours["ms"]}
 
     for task in ("mlm", "denoise"):
-        for who in ("ours", "transformers"):
-            yield f"{preset}, {task}, {who}", partial(measure, task=task, who=who)
+        yield f"{preset}, {task}", partial(measure, task=task)
+
+
+def positions(preset: str) -> Runs:
+    """What the rotation of queries and keys costs: updates by AdamW beside ones with learned positions."""
+    o = BASE | dict(preset=preset, who="ours", length=512, dtype="bf16")
+    o |= dict(preset="micro", vocab=2000, rows=2, length=32) if SMOKE else {}
+
+    def measure(folder: Path) -> dict:
+        kinds = [(task, how) for task in ("mlm", "denoise") for how in ("eager", "compiled")[: 1 if SMOKE else 2]]
+        both = [{"positions": x} for x in ("rotary", "learned")]
+        found = turns([o | dict(task=task, compile=how == "compiled") | x for task, how in kinds for x in both])
+        pairs = zip(kinds, found[::2], found[1::2])
+        return {", ".join(kind): {"rotary": a, "learned": b, "ratio": a["ms"] / b["ms"]} for kind, a, b in pairs}
+
+    yield preset, measure
 
 
 def projection() -> Runs:
@@ -262,6 +285,7 @@ PARTS: dict[str, Callable[[], Runs]] = {"equality": equality, "resume": resume, 
 PARTS |= {"compile": compiled, "projection": projection}
 PARTS |= {f"speed-{preset}": partial(speed, preset) for preset in ("small", "base", "paper")}
 PARTS |= {f"peers-{preset}": partial(peers, preset) for preset in ("small", "base", "paper")}
+PARTS |= {f"positions-{preset}": partial(positions, preset) for preset in ("tiny", "small")}
 
 
 def run_part(part: str, out: Path) -> None:

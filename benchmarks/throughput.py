@@ -115,8 +115,7 @@ def contender(o: dict) -> Callable[[], None]:
     model.to(trainer.device())
     if o["compile"]:
         if o["who"] == "ours":
-            for block in trainer.blocks(model):
-                block.compile()
+            trainer.compile_parts(model)
         else:
             model.compile()
 
