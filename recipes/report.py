@@ -213,14 +213,20 @@ def plot_pairs(results: list[dict], out: Path) -> bool:
     """Held-out loss of each seq2seq model against the FLOPs of the pair: two stages, and both models from scratch.
 
     A pair from scratch is a model without a first stage, and an encoder with as many updates, each at the cost of one
-    of roberta-12e. Returns whether there is anything to compare.
+    of roberta-12e. Models of another noise or decoder than bart-12e12d's are left out: their losses mean something
+    else. Returns whether there is anything to compare.
     """
     from matplotlib.figure import Figure  # pyplot would keep every figure it makes in memory
 
+    def kind(r: dict) -> list:
+        settings = r["history"][-1].get("settings", {}) if r["history"] else {}
+        return [settings.get(name) for name in ("noise", "n_decoder_layers")]
+
     encoders = [r["history"][-1] for r in select(results, row="roberta-12e") if r["history"]]
+    kinds = [kind(r) for r in select(results, row="bart-12e12d", task="loss")]
     runs: dict[str, dict[float, list[dict]]] = {}  # model -> FLOPs -> results
     for r in select(results, task="loss", table="seq2seq"):
-        if r["history"] and encoders:
+        if r["history"] and encoders and kind(r) in kinds:
             alone = all(stage["stage"] == "seq2seq" for stage in r["history"])
             encoder = encoders[0]["flops"] / encoders[0]["steps"] * r["history"][-1]["steps"] if alone else 0.0
             name = "both from scratch" if alone else r["row"]

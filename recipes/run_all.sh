@@ -23,8 +23,8 @@ mkdir -p done
 
 case $SCALE in # how tasks are fine-tuned
 demo) HOW="--seeds 2" ;;
-mini) HOW="--seeds 3 --n-train 2000" ;;
-gpu | paper) HOW="--seeds 3 --lr 1e-5 3e-5 1e-4" ;;
+mini | gpu) HOW="--seeds 3 --n-train 2000" ;;
+paper) HOW="--seeds 3 --lr 1e-5 3e-5 1e-4" ;;
 esac
 LANGS=$(cd "${DATA:-$CODE/sample/text}" && ls | sed -nE 's/^([^.]+)\.(train.*bin|txt)$/\1/p')
 declare -A TESTED # task -> the languages of the data folder that have a test set of it, as eval.py finds them
@@ -82,9 +82,10 @@ second() { # NAME FLAGS...: the same for a seq2seq model
 score() { # TASK CHECKPOINT: the scores go to results.jsonl when all are there
   local more=
   case $1 in parse | summ) more=--cut ;; esac # eval.py says how many targets are longer than the rows of this scale
-  case $SCALE/$1 in # chosen on the English dev set from 3e-4, 1e-3, 3e-3 (ner, slots: 1e-2); summ: that of parse
+  case $SCALE/$1 in # chosen on the English dev set from 3e-4, 1e-3, 3e-3 (some also 1e-2); summ: that of parse
   mini/pos | mini/nli) more+=" --lr 1e-3" ;;
   mini/*) more+=" --lr 3e-3" ;;
+  gpu/*) more+=" --lr 1e-3" ;;
   esac
   rm -f part.jsonl
   python "$CODE/eval.py" "$2" --task $1 --data "$TASKS/${1/pos/udpos}" --train-lang $TRAIN_LANG --langs ${TESTED[$1]} \
