@@ -23,8 +23,8 @@ mkdir -p done
 
 case $SCALE in # how tasks are fine-tuned
 demo) HOW="--seeds 2" ;;
-mini | gpu) HOW="--seeds 3 --n-train 2000" ;;
-paper) HOW="--seeds 3 --lr 1e-5 3e-5 1e-4" ;;
+mini | midi) HOW="--seeds 3 --n-train 2000" ;;
+gpu | paper) HOW="--seeds 3 --lr 1e-5 3e-5 1e-4" ;;
 esac
 LANGS=$(cd "${DATA:-$CODE/sample/text}" && ls | sed -nE 's/^([^.]+)\.(train.*bin|txt)$/\1/p')
 declare -A TESTED # task -> the languages of the data folder that have a test set of it, as eval.py finds them
@@ -85,7 +85,7 @@ score() { # TASK CHECKPOINT: the scores go to results.jsonl when all are there
   case $SCALE/$1 in # chosen on the English dev set from 3e-4, 1e-3, 3e-3 (some also 1e-2); summ: that of parse
   mini/pos | mini/nli) more+=" --lr 1e-3" ;;
   mini/*) more+=" --lr 3e-3" ;;
-  gpu/*) more+=" --lr 1e-3" ;;
+  midi/*) more+=" --lr 1e-3" ;;
   esac
   rm -f part.jsonl
   python "$CODE/eval.py" "$2" --task $1 --data "$TASKS/${1/pos/udpos}" --train-lang $TRAIN_LANG --langs ${TESTED[$1]} \

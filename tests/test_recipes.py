@@ -121,7 +121,7 @@ def test_only_scale_sh_knows_the_scale():
     [
         ({}, "2stage-bart-12e12d-unfrz", "runs/demo/roberta-12e.pt: not there yet; run recipes/roberta-12e.sh first"),
         ({}, "bart-12e2d+mlm", "runs/demo/bart-12e2d.pt: not there yet; run recipes/bart-12e2d.sh first"),
-        ({"SCALE": "huge"}, "roberta-12e", "SCALE=huge: it must be demo, mini, gpu or paper"),
+        ({"SCALE": "huge"}, "roberta-12e", "SCALE=huge: it must be demo, mini, midi, gpu or paper"),
         ({"SCALE": "mini"}, "roberta-12e", "SCALE=mini: name a data folder"),
         ({"DATA": "nowhere"}, "roberta-12e", "DATA=nowhere: no such folder"),
     ],
