@@ -145,13 +145,44 @@ def contender(o: dict) -> Callable[[], None]:
     return update
 
 
+@torch.no_grad()
+def products(model: Seq2Seq, rows: int, source: int, new: int) -> None:
+    """The matrix products and the attention of generating `new` tokens for so many rows, and nothing else: the least
+    that a loop of torch's operations can take.
+    """
+    cfg, like = model.cfg, model.embed.weight
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=like.dtype, device=like.device)
+
+    x, wide, q = (
+        some(rows, 1, cfg.d_model),
+        some(rows, 1, cfg.d_ff),
+        some(rows, cfg.n_heads, 1, cfg.d_model // cfg.n_heads),
+    )
+    caches = [
+        [some(rows, cfg.n_heads, n, q.shape[-1]) for n in (new, new, source, source)] for _ in model.decoder.blocks
+    ]
+    for t in range(1, new + 1):
+        for block, (k, v, source_k, source_v) in zip(model.decoder.blocks, caches):
+            for linear in (block.attn.q, block.attn.kv, block.attn.out, block.cross.q, block.cross.out, block.ffn[0]):
+                linear(x)
+            block.ffn[2](wide)
+            F.scaled_dot_product_attention(q, k[:, :, :t], v[:, :, :t])
+            F.scaled_dot_product_attention(q, source_k, source_v)
+        model.embed.weight @ x[:, 0].T
+
+
 def searcher(o: dict) -> Callable[[], None]:
-    """Generation of `new` tokens for each row of a batch, by ours or by transformers."""
+    """Generation of `new` tokens for each row of a batch, by ours or by transformers; or only its products."""
     torch.manual_seed(0)
     cfg, ids = model_config(o), SpecialIds(o["vocab"])
     dtype = torch.bfloat16 if o["dtype"] == "bf16" else torch.float32
     ours = Seq2Seq(cfg).eval().to(trainer.device(), dtype)
     src = torch.randint(ids.ordinary, o["vocab"], (o["rows"], 64), device=trainer.device())
+    if o["who"] == "products":
+        trainer.keep_memory()
+        return lambda: products(ours, o["rows"] * o["beams"], src.shape[1], o["new"])
     if o["who"] == "ours":  # an end that never comes: both make all tokens
         trainer.keep_memory()
         return lambda: generate(ours, src, bos=ids.bos, eos=-1, pad=ids.pad, max_new=o["new"], beams=o["beams"])
@@ -273,11 +304,12 @@ def frozen(rounds: int) -> None:
 def generation(rounds: int) -> None:
     for dtype, (beams, new) in itertools.product(("bf16", "fp32"), ((1, 256), (4, 64))):
         o = BASE | dict(task="generate", beams=beams, new=new, dtype=dtype)
-        found = take_turns([o | {"who": who} for who in ("ours", "transformers")], rounds, 1)
+        found = take_turns([o | {"who": who} for who in ("ours", "products", "transformers")], rounds, 1)
         speeds = [o["rows"] * new / seconds for seconds, _ in found]
         print(
             f"generation, tiny, {dtype}, beams {beams}, {new} tokens, 32 rows: ours {speeds[0]:,.0f} tokens/s, "
-            f"transformers {speeds[1]:,.0f}: {speeds[0] / speeds[1]:.2f} x",
+            f"transformers {speeds[2]:,.0f}: {speeds[0] / speeds[2]:.2f} x; products and attention alone "
+            f"{speeds[1]:,.0f}: {speeds[1] / speeds[2]:.2f} x",
             flush=True,
         )
 
