@@ -77,7 +77,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, i
     return scores.softmax(-1) @ v
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     """That of matrix products with x: autocast's, where it is on, or x's own."""
     on = torch.is_autocast_enabled(x.device.type)
     return torch.get_autocast_dtype(x.device.type) if on else x.dtype
@@ -227,7 +227,7 @@ class Stack(nn.Module):
         if cfg.positions == "learned":
             return None
         table = rotary_table(cfg.max_len, cfg.d_model // cfg.n_heads, x.device)[:, start:end]
-        return table.to(product_dtype(x))  # once here, not in every layer
+        return table.to(compute_dtype(x))  # once here, not in every layer
 
     def placed(self, embedded: Tensor, start: int = 0) -> Tensor:  # [B, T, D] -> [B, T, D]
         """The input of the first layer: embedded tokens, with learned positions from `start` on, if any."""
@@ -330,7 +330,7 @@ class ProjectionLoss(torch.autograd.Function):
 
         `softmax` is `softmax_loss`, compiled or not.
         """
-        device, dtype, inputs = hidden.device.type, product_dtype(hidden), (hidden, weight, bias)
+        device, dtype, inputs = hidden.device.type, compute_dtype(hidden), (hidden, weight, bias)
         h_all, w = hidden.to(dtype), weight.to(dtype)
         total = torch.zeros((), device=hidden.device)
         ctx.grads = [torch.zeros_like(x) if need else None for x, need in zip(inputs, ctx.needs_input_grad)]

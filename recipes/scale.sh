@@ -22,7 +22,7 @@ mini) # 4M tokens a model from scratch
 midi) # 8M tokens a model from scratch, 2 minutes on an H200 beside 15 other runs
   SHAPE=(--preset tiny --batch-size 32 --seq-len 128)
   STEPS=2000 SECOND=1400 MORE=400 ;;
-gpu) # 100M tokens a model from scratch; at 2.5e14 FLOPs a second under 9 minutes each, by formula; not run yet
+gpu) # 100M tokens a model from scratch; at 3.9e14 FLOPs a second under 6 minutes each, by formula; not run yet
   SHAPE=(--preset base --batch-size 64 --seq-len 512 --compile)
   STEPS=3000 SECOND=2100 MORE=600 ;;
 paper) # 1M tokens a batch, and only AdamW, one rate for all
