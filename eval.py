@@ -30,6 +30,7 @@ from compute import paper_saving, saved, scratch_flops
 from config import default_lr, open_data, settings_of
 from data import HERE, TokenData
 from generate import generate
+from metrics import GENERATION, METRICS
 from objectives import VALID_NOISE, sample_rng
 from tokenizer import SpecialIds, load_tokenizer
 from train_encoder import SCORED, MLMConfig, encoder_objective
@@ -178,7 +179,7 @@ def run_task(args: argparse.Namespace) -> None:
     folder = args.data or (HERE / "sample" / "slots" if args.task == "slots" else None)
     if folder is None:
         raise InputError(f"--task {args.task} needs --data DIR, which holds <lang>/train.*, dev.*, test.*")
-    body, checkpoint = load_model(args.checkpoint, *(["seq2seq"] if args.task in tasks.GENERATION else []))
+    body, checkpoint = load_model(args.checkpoint, *(["seq2seq"] if args.task in GENERATION else []))
     train, dev, test = task_data.read_task(args.task, folder, args.train_lang, args.langs)
     if args.n_train:
         chosen = np.random.default_rng(0).permutation(len(train))[: args.n_train]
@@ -213,8 +214,8 @@ COMMANDS: dict[str | None, Command] = {  # task -> what it runs, the flags that 
 
 
 def command_of(task: str | None) -> Command:
-    """The entry of COMMANDS, or that of a fine-tuning task; a user's own file may have added one to tasks.METRICS."""
-    fine_tuning = run_task, (*FINE_TUNING, *["beams", "cut"] * (task in tasks.GENERATION)), "nothing else"
+    """The entry of COMMANDS, or that of a fine-tuning task; a user's own file may have added one to METRICS."""
+    fine_tuning = run_task, (*FINE_TUNING, *["beams", "cut"] * (task in GENERATION)), "nothing else"
     return COMMANDS.get(task, fine_tuning)
 
 
@@ -224,7 +225,7 @@ def parse_flags() -> argparse.Namespace:
     add = parser.add_argument
     add("checkpoint", type=Path, help="enc.pt or seq2seq.pt")
     add("more", nargs="*", help="a sentence for fill (with <mask>) or generate; more checkpoints for cost")
-    names = [*filter(None, COMMANDS), *tasks.METRICS]
+    names = [*filter(None, COMMANDS), *METRICS]
     add("--task", choices=names, help="default: held-out losses, and a sample in each language")
     add("--data", type=Path, help="data folder (default: what it was trained on); for a task, the folder of its files")
     add("--langs", nargs="+", help="languages to evaluate (default: all)")

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli import InputError, run_command
 from compute import saved
+from metrics import GENERATION, METRICS, mean_sd
 from task_data import lines
-from tasks import GENERATION, METRICS, mean_sd
 
 ROWS = ["roberta-12e", "bart-12e12d", "bart-12e12d-mask", "bart-12e2d", "bart-12e2d-mask", "bart-12e1d-mask"]
 ROWS += [f"{row}+mlm" for row in ROWS[1:]]

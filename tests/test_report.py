@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from task_layouts import toy_sets
 
 import eval as evaluation
-import tasks
+import metrics
 from cli import InputError
 
 
@@ -37,7 +37,7 @@ def test_report(command, checkpoints, folder, capsys):
     assert table[0][4:] == ["nli, accuracy: others", "nli: trained", "pos, accuracy: others", "pos: trained"]
     results = [json.loads(line) for line in (checkpoints / "r.jsonl").read_text().splitlines()]
     english = [r["scores"]["accuracy"] for r in results if r["task"] == "pos" and r["language"] == "en"]
-    assert table[3][7] == tasks.mean_sd(english[:2]) and table[3][4] == "-" and " ± " in table[3][7]
+    assert table[3][7] == metrics.mean_sd(english[:2]) and table[3][4] == "-" and " ± " in table[3][7]
     assert all(r["n_train"] == 50 for r in results)
     losses = [json.loads(line) for line in (checkpoints / "losses.jsonl").read_text().splitlines()]
     entropy = {r["language"]: f"{r['unigram_entropy']:.2f}" for r in losses}

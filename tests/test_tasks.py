@@ -19,14 +19,16 @@ from task_layouts import toy_sets
 
 import eval as evaluation
 import extract
+import metrics
 import task_data
 import tasks
 import train_seq2seq
 from checkpoint import load_model
 from cli import InputError
+from metrics import entities, rouge, scores
 from model import MaskedLM, ModelConfig
 from task_data import Item, find_splits, read_files
-from tasks import Job, Tagger, entities, rouge, scores, windows
+from tasks import Job, Tagger, windows
 
 SHARED = ROOT.parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the paper's data sets are not at {SHARED}")
@@ -60,14 +62,14 @@ def test_entities_are_those_of_seqeval(labels):
             assert entities(sentence) == {(kind, first, last + 1) for kind, first, last in get_entities(sentence)}
         ours = [[a if rng.random() < 0.7 else b for a, b in zip(x, y)] for x, y in zip(gold, ours)]
         expected = [100 * score(gold, ours) for score in (precision_score, recall_score, f1_score)]
-        assert tasks.precision_recall_f1(gold, ours) == pytest.approx(expected)
+        assert metrics.precision_recall_f1(gold, ours) == pytest.approx(expected)
 
 
 def test_accuracy_is_that_of_scikit_learn():
     rng = np.random.default_rng(0)
     for _ in range(100):
         gold, ours = (rng.choice(UPOS, 100).tolist() for _ in range(2))
-        assert tasks.percent_equal(gold, ours) == pytest.approx(100 * accuracy_score(gold, ours))
+        assert metrics.percent_equal(gold, ours) == pytest.approx(100 * accuracy_score(gold, ours))
 
 
 def same_rouge(gold: str, ours: str) -> None:
@@ -86,11 +88,11 @@ def test_rouge_is_that_of_rouge_score():
 def test_rouge_of_other_scripts():
     """rouge-score drops all but a to z; with our words it gives our scores. Hindi vowels do not part words."""
     gold, ours = "हिन्दी में मौसम, कैसा है", "मौसम कैसा है?"
-    assert tasks.rouge_words(gold) == ["हिन्दी", "में", "मौसम", "कैसा", "है"]
+    assert metrics.rouge_words(gold) == ["हिन्दी", "में", "मौसम", "कैसा", "है"]
 
     class Words:
         def tokenize(self, text):
-            return tasks.rouge_words(text)
+            return metrics.rouge_words(text)
 
     their = rouge_scorer.RougeScorer(["rougeL", "rouge1", "rouge2"], tokenizer=Words()).score(gold, ours)
     assert rouge(gold, ours) == pytest.approx([100 * their[x].fmeasure for x in ("rougeL", "rouge1", "rouge2")])
@@ -116,9 +118,9 @@ def test_metrics_on_all_real_labels(task):
         flat = [tag for tags in gold for tag in tags]
         ours = [[t if rng.random() < 0.8 else rng.choice(flat) for t in tags] for tags in gold]
         expected = [100 * score(gold, ours) for score in (precision_score, recall_score, f1_score)]
-        assert tasks.precision_recall_f1(gold, ours) == pytest.approx(expected)
+        assert metrics.precision_recall_f1(gold, ours) == pytest.approx(expected)
         accuracy = 100 * accuracy_score(flat, [t for tags in ours for t in tags])
-        assert tasks.percent_equal(flat, [t for tags in ours for t in tags]) == pytest.approx(accuracy)
+        assert metrics.percent_equal(flat, [t for tags in ours for t in tags]) == pytest.approx(accuracy)
 
 
 @needs_shared
@@ -131,7 +133,7 @@ def test_real_summaries_and_trees():
         assert scores("parse", items, items) == {"exact match": 100, "well-formed": 100}
 
 
-@pytest.mark.parametrize("task", tasks.METRICS)
+@pytest.mark.parametrize("task", metrics.METRICS)
 def test_gold_labels_score_100(folder, task):
     items = task_data.read_task(task, folder / task, "en")[2]["en"]
     assert set(scores(task, items, items).values()) == {100.0} or task == "summ"
@@ -227,7 +229,7 @@ def test_encoder_tasks_are_learned(command, checkpoints, folder, capsys, task):
     out = capsys.readouterr().out
     results = [json.loads(line) for line in (checkpoints / "r.jsonl").read_text().splitlines()]
     assert [r["language"] for r in results] == ["de", "en"] and results[0]["lr"] in (0.01, 0.003)
-    assert results[1]["scores"][tasks.METRICS[task][0]] > 90 and "lr 0.01: dev" in out
+    assert results[1]["scores"][metrics.METRICS[task][0]] > 90 and "lr 0.01: dev" in out
     assert results[1]["history"][0]["stage"] == "encoder" and results[1]["items"] == 12
     table = [line.split() for line in out.splitlines()]
     assert [line[0] for line in table if line[0] in ("de", "en")] == ["de", "en"] and "all but en" in out
@@ -424,8 +426,8 @@ def test_test_targets_longer_than_what_is_generated_are_counted(tokenizer, ids, 
 
 def test_the_majority_needs_no_model(folder):
     train = task_data.read_task("pos", folder / "pos", "en")[0]
-    assert {tag for item in tasks.majority("pos", train, train) for tag in item.tags} <= {"DET", "NOUN", "VERB"}
-    lead = tasks.majority("summ", [Item(["x"], label="two words")], [Item(["one two three"])])
+    assert {tag for item in metrics.majority("pos", train, train) for tag in item.tags} <= {"DET", "NOUN", "VERB"}
+    lead = metrics.majority("summ", [Item(["x"], label="two words")], [Item(["one two three"])])
     assert lead == [Item(["one two three"], label="one two")]
 
 
