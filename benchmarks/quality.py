@@ -90,7 +90,7 @@ def peer_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Mean loss over the targets, as the model itself computes it."""
     names = {"src": "input_ids", "src_mask": "attention_mask", "labels": "labels"}
     names |= {"tgt_in": "decoder_input_ids", "tgt_out": "labels"}
-    return model(**{names[name]: x for name, x in batch.items()}).loss
+    return model(**{names[name]: x for name, x in batch.items() if name in names}).loss
 
 
 @torch.no_grad()

@@ -483,3 +483,15 @@ def test_rules_of_normalisation_need_protobuf(command, checkpoints, monkeypatch)
     refused(command, "needs protobuf: pip install protobuf", "foreign.pt", "--to-hf", "hf")
     assert not list(checkpoints.glob("hf*"))
     command(extract, "enc.pt", "--to-hf", "hf")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task, runs", [("mlm", 6), ("mask", 4), ("sentinel", 4)])
+def test_the_benchmark_of_quality_in_small(script, data_dir, task, runs):
+    """Ours and every peer train and are scored, and the same command has nothing left to do."""
+    size = "--preset micro --steps 16 --batch-size 2 --seq-len 32 --eval-every 8".split()
+    line = ["benchmarks/quality.py", data_dir, "--out", "RUNS", "--only", task, *size]
+    done, again = script(*line), script(*line)
+    lines = [x for x in done.stdout.splitlines() if x.startswith(f"{task}, ")]
+    assert done.returncode == 0 and len(lines) == runs and not any(x.endswith(" -") for x in lines), done.stderr
+    assert again.returncode == 0 and [x for x in again.stdout.splitlines() if x.startswith(f"{task}, ")] == lines
