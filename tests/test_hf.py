@@ -489,7 +489,7 @@ def test_rules_of_normalisation_need_protobuf(command, checkpoints, monkeypatch)
 @pytest.mark.parametrize("task, runs", [("mlm", 6), ("mask", 4), ("sentinel", 4)])
 def test_the_benchmark_of_quality_in_small(script, data_dir, task, runs):
     """Ours and every peer train and are scored, and the same command has nothing left to do."""
-    size = "--preset micro --steps 16 --batch-size 2 --seq-len 32 --eval-every 8".split()
+    size = ["--preset", "micro", "--steps", "16", "--batch-size", "2", "--seq-len", "32", "--eval-every", "8"]
     line = ["benchmarks/quality.py", data_dir, "--out", "RUNS", "--only", task, *size]
     done, again = script(*line), script(*line)
     lines = [x for x in done.stdout.splitlines() if x.startswith(f"{task}, ")]
