@@ -147,8 +147,8 @@ def contender(o: dict) -> Callable[[], None]:
 
 @torch.no_grad()
 def products(model: Seq2Seq, rows: int, source: int, new: int) -> None:
-    """The matrix products and the attention of generating `new` tokens for so many rows, and nothing else: the least
-    that a loop of torch's operations can take.
+    """The matrix products, as our layers compute them, and the attention of generating `new` tokens for so many rows,
+    and nothing else: what is left of the time if all the rest were free.
     """
     cfg, like = model.cfg, model.embed.weight
 
