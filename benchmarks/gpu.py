@@ -263,13 +263,13 @@ def positions(preset: str) -> Runs:
 
 def projection() -> Runs:
     """Loss and gradients of the output projection, by the number of logits in a chunk: 2^24 was chosen on a CPU."""
-    positions, width, vocabulary = (64, 32, 1000) if SMOKE else (16_384, 1024, VOCABULARY)
+    rows, width, vocabulary = (64, 32, 1000) if SMOKE else (16_384, 1024, VOCABULARY)
 
     def measure(folder: Path, power: int) -> dict:
         seconds, device = [], trainer.device()
         ProjectionLoss.CHUNK_LOGITS[device.type] = 1 << power
-        hidden, weight = (torch.randn(n, width, device=device, requires_grad=True) for n in (positions, vocabulary))
-        targets = torch.randint(vocabulary, (positions,), device=device)
+        hidden, weight = (torch.randn(n, width, device=device, requires_grad=True) for n in (rows, vocabulary))
+        targets = torch.randint(vocabulary, (rows,), device=device)
         for _ in range(6):
             began = time.perf_counter()
             with trainer.autocast("bf16"):

@@ -155,14 +155,9 @@ def products(model: Seq2Seq, rows: int, source: int, new: int) -> None:
     def some(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=like.dtype, device=like.device)
 
-    x, wide, q = (
-        some(rows, 1, cfg.d_model),
-        some(rows, 1, cfg.d_ff),
-        some(rows, cfg.n_heads, 1, cfg.d_model // cfg.n_heads),
-    )
-    caches = [
-        [some(rows, cfg.n_heads, n, q.shape[-1]) for n in (new, new, source, source)] for _ in model.decoder.blocks
-    ]
+    x, wide, head = some(rows, 1, cfg.d_model), some(rows, 1, cfg.d_ff), cfg.d_model // cfg.n_heads
+    q, lengths = some(rows, cfg.n_heads, 1, head), (new, new, source, source)
+    caches = [[some(rows, cfg.n_heads, n, head) for n in lengths] for _ in model.decoder.blocks]
     for t in range(1, new + 1):
         for block, (k, v, source_k, source_v) in zip(model.decoder.blocks, caches):
             for linear in (block.attn.q, block.attn.kv, block.attn.out, block.cross.q, block.cross.out, block.ffn[0]):
