@@ -7,7 +7,8 @@ from itertools import takewhile
 
 from torch import Tensor
 
-from model import PRESETS, ModelConfig
+from config import PRESETS
+from model import ModelConfig
 
 
 def train_flops(cfg: ModelConfig, rows: int, source: int, target: int, projected: int, frozen: bool = False) -> float:

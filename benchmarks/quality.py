@@ -27,9 +27,9 @@ import transformers  # noqa: E402
 
 import trainer  # noqa: E402
 from cli import append_json, run_command  # noqa: E402
+from config import PRESETS  # noqa: E402
 from data import TokenData  # noqa: E402
 from log import read_metrics  # noqa: E402
-from model import PRESETS  # noqa: E402
 from objectives import NOISE, sample_rng  # noqa: E402
 from tokenizer import SpecialIds  # noqa: E402
 from train_encoder import SCORED, MLMConfig, encoder_objective  # noqa: E402

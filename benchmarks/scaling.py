@@ -25,9 +25,9 @@ sys.path.insert(0, str(ROOT))
 
 import trainer  # noqa: E402
 from compute import train_flops  # noqa: E402
-from config import SAMPLE, open_data  # noqa: E402
+from config import PRESETS, SAMPLE, open_data  # noqa: E402
 from data import SAMPLE_OPTIONS  # noqa: E402
-from model import PRESETS, ModelConfig, Seq2Seq  # noqa: E402
+from model import ModelConfig, Seq2Seq  # noqa: E402
 
 ROWS, STEPS = 16, 24  # rows a process and update; updates, of which the first 4 are not counted
 

@@ -34,11 +34,11 @@ sys.path.insert(0, str(ROOT))
 
 import trainer  # noqa: E402
 from compute import batch_flops  # noqa: E402
-from config import SAMPLE, open_data  # noqa: E402
+from config import PRESETS, SAMPLE, open_data  # noqa: E402
 from data import HEADER, SAMPLE_OPTIONS, SAMPLE_TEXT, TokenData, prepare, read_meta  # noqa: E402
 from generate import generate  # noqa: E402
 from hf import hf_model  # noqa: E402
-from model import PRESETS, MaskedLM, ModelConfig, Seq2Seq  # noqa: E402
+from model import MaskedLM, ModelConfig, Seq2Seq  # noqa: E402
 from objectives import mask_tokens, noise_row, sample_rng  # noqa: E402
 from tokenizer import SpecialIds  # noqa: E402
 from train_encoder import SCORED, encoder_objective  # noqa: E402
@@ -365,7 +365,7 @@ from dataclasses import asdict
 from pathlib import Path
 import data
 from checkpoint import *
-from model import PRESETS
+from config import PRESETS
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 data.prepare(data.SAMPLE_TEXT, Path("D"), **data.SAMPLE_OPTIONS)
 tokenizer = Path("D/tokenizer.model").read_bytes()

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from config import PRESETS
 from generate import generate
 from model import (
     IGNORE,
-    PRESETS,
     Fusion,
     MaskedLM,
     ModelConfig,

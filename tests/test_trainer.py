@@ -27,9 +27,9 @@ import trainer
 from checkpoint import load_checkpoint, load_model, save_checkpoint, warm_start
 from cli import InputError
 from compute import batch_flops, train_flops
-from config import TrainConfig
+from config import PRESETS, TrainConfig
 from data import TokenData, prepare
-from model import IGNORE, PRESETS, MaskedLM, ModelConfig, Seq2Seq
+from model import IGNORE, MaskedLM, ModelConfig, Seq2Seq
 from objectives import noise_row
 from optim import Muon, make_optimizers, rate
 from trainer import collate
