@@ -99,6 +99,7 @@ def print_losses(args: argparse.Namespace) -> None:
         print(f"{language:8} {data.n_valid_rows(language):6} {loss:6.3f} {perplexity:11.1f} {entropy:16.3f}")
         if args.out:
             numbers = {"task": "loss", "language": language, "loss": loss, "unigram_entropy": entropy}
+            numbers["items"] = data.n_valid_rows(language)
             append_json(args.out, about | numbers)
     mean, entropy = (sum(x.values()) / len(x) for x in (losses, entropies))
     print(f"mean            {mean:6.3f} {'':11} {entropy:16.3f}")
@@ -238,7 +239,7 @@ def parse_flags() -> argparse.Namespace:
     add("--lr", type=float, nargs="+", help="peak rates to try (default 0.016 / sqrt(d_model))")
     add("--epochs", type=int, default=0, help="0: 3, or more if 500 updates take more (default 0)")
     add("--batch-size", type=int, default=32, help="rows per update (default %(default)s)")
-    add("--freeze-encoder", action="store_true", help="train the heads only; they read all layers of the encoder")
+    add("--freeze-encoder", action="store_true", help="keep the encoder frozen; heads then read all of its layers")
     add("--cut", action="store_true", help="cut targets that are longer than the model allows (default: an error)")
     args = parser.parse_intermixed_args()
     for name, least in (("beams", 1), ("seeds", 1), ("epochs", 0), ("n_train", 0), ("batch_size", 1)):

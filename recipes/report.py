@@ -32,12 +32,20 @@ CLAIMS = [  # what is asked, of which model, compared with which other, their ki
     ("unfrozen part-way, does it match?", "2stage-bart-12e12d-unfrz", "bart-12e12d", "seq2seq"),
 ]
 HOW = ("train_lang", "n_train", "epochs", "batch_size", "freeze", "beams", "cut")  # a model was fine-tuned
+NOTE = """Mean ± standard deviation over the runs; scores in percent, FLOPs of the whole history. `pair saved`: the
+share of the FLOPs of `roberta-12e` and `bart-12e12d` that a history with both models saves. Updates with
+other masks or noise cost more or less by themselves.
+"""
 
 
 def read_results(paths: list[Path]) -> list[dict]:
-    """The losses and scores of JSON lines files, with what the tables need. Raises InputError with the line."""
-    results: list[dict] = []
-    ways: dict[tuple[str, str], list] = {}  # model and task -> the values of HOW
+    """The losses and scores of JSON lines files, with what the tables need; of what was measured twice, the last.
+
+    Prints how many results of earlier states of a checkpoint are left out. Raises InputError with the line for what is
+    no result, and for results that cannot be compared.
+    """
+    found: dict[tuple, dict] = {}  # run, task and language -> result
+    seen: dict[tuple, object] = {}  # what results of a task must have in common
     for path in paths:
         for number, line in lines(path):
             try:
@@ -46,7 +54,8 @@ def read_results(paths: list[Path]) -> list[dict]:
                 # A model from elsewhere has no history, an extracted encoder's last stage no settings.
                 settings = history[-1].get("settings", {}) if history else {}
                 result["row"] = Path(result["checkpoint"]).stem
-                result["run"] = f"{path}:{os.path.abspath(result['checkpoint'])}:{result.get('seed')}"
+                result["model"] = f"{path}:{os.path.abspath(result['checkpoint'])}"
+                result["run"] = f"{result['model']}:{result.get('seed')}"
                 result["flops"] = sum(stage["flops"] for stage in history)
                 result |= {"unfreeze_at": settings.get("unfreeze_at"), "pretrained": settings.get("seed")}
                 if task == "loss":  # table: the kind of the model, or that which the task is for
@@ -57,16 +66,35 @@ def read_results(paths: list[Path]) -> list[dict]:
                     result["group"] = "trained" if result["language"] == result["train_lang"] else "others"
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise InputError(f"{path}:{number}: not a result of eval.py; remove the line") from None
-            how = [result.get(name) for name in HOW]
-            before = ways.setdefault((result["row"], task), how)
-            if odd := [f"{name} {x}, not {y}" for name, x, y in zip(HOW, how, before) if x != y]:
-                what = f"{result['row']} in {task} with {', '.join(odd)} as before"
-                raise InputError(f"{path}:{number}: {what}; keep other ways of fine-tuning in a file of their own")
-            results.append(result)
-    if not results:
+            same = {(task, name): result.get(name) for name in HOW}
+            same[f"{task} of {result['language']}", "items"] = result.get("items")
+            for (what, name), value in same.items():
+                if value is not None and (before := seen.setdefault((what, name), value)) != value:
+                    odd = f"{result['row']} in {what} with {name} {value}, not {before} as before"
+                    raise InputError(f"{path}:{number}: {odd}; keep what cannot be compared in a file of its own")
+            found[result["run"], task, result["language"]] = result
+    if not found:
         names = " ".join(map(str, paths))
         raise InputError(f"{names}: no results in it; eval.py CHECKPOINT --task pos ... --out {paths[0]} adds some")
+    newest = {r["model"]: r["history"] for r in found.values()}
+    results = [r for r in found.values() if r["history"] == newest[r["model"]]]
+    if older := len(found) - len(results):
+        print(f"{older} results left out: their checkpoints were trained further and measured again")
+    refuse_unlike_languages(results)
     return results
+
+
+def refuse_unlike_languages(results: list[dict]) -> None:
+    """Raises InputError if a run lacks languages that others have: their means would not be comparable."""
+    tested: dict[tuple, dict[str, set]] = {}  # table, task and group -> run -> languages
+    for r in results:
+        runs = tested.setdefault((r["table"], r["task"], r["group"]), {})
+        runs.setdefault(r["run"], set()).add(r["language"])
+    for (_, task, _), runs in tested.items():
+        for run, languages in runs.items():
+            if lacking := set().union(*runs.values()) - languages:
+                remedy = "score it in all, or keep it in a file of its own"
+                raise InputError(f"{run}: not in {task} of {' '.join(sorted(lacking))}, as others are; {remedy}")
 
 
 def select(results: list[dict], **wanted: object) -> list[dict]:
@@ -76,10 +104,10 @@ def select(results: list[dict], **wanted: object) -> list[dict]:
 
 def by_run(results: list[dict]) -> list[float]:
     """The mean over the languages of each run (of pre-training and fine-tuning)."""
-    runs: dict[str, dict[str, float]] = {}
+    runs: dict[str, list[float]] = {}
     for r in results:
-        runs.setdefault(r["run"], {})[r["language"]] = r["main"]  # the last one, if measured twice
-    return [statistics.mean(x.values()) for x in runs.values()]
+        runs.setdefault(r["run"], []).append(r["main"])
+    return [statistics.mean(x) for x in runs.values()]
 
 
 def by_seed(results: list[dict]) -> list[float]:
@@ -182,13 +210,14 @@ def sweep(results: list[dict]) -> list[dict]:
 
 
 def sweep_table(results: list[dict], swept: list[dict]) -> str:
-    """A line per point of unfreezing: loss, generation scores, compute."""
+    """A line per point of unfreezing: loss, generation scores in the training language, compute."""
     tasks, rows = [task for task in GENERATION if select(swept, task=task)], []
     for point in sorted({r["unfreeze_at"] for r in swept}):
-        losses, *scored = (select(swept, unfreeze_at=point, task=task) for task in ("loss", *tasks))
+        losses = select(swept, unfreeze_at=point, task="loss")
+        scored = [select(swept, unfreeze_at=point, task=task, group="trained") for task in tasks]
         cells = [mean_sd(by_run(losses), 3), *(mean_sd(by_run(x)) for x in scored)]
         rows.append([f"{point:g}", *cells, *costs(results, losses[0])])
-    head = ["`--unfreeze-at`", "held-out loss, nats", *(f"{task}, {METRICS[task][0]}" for task in tasks)]
+    head = ["`--unfreeze-at`", "held-out loss, nats", *(f"{task}, {METRICS[task][0]}: trained" for task in tasks)]
     return markdown([*head, "FLOPs", "pair saved"], rows)
 
 
@@ -201,11 +230,10 @@ def tables(results: list[dict]) -> str:
             text += f"# {title} tasks\n\n{task_table(results, kind)}\n"
         if table := loss_table(results, kind):
             text += f"Held-out losses:\n\n{table}\n"
-    text += "Mean ± standard deviation over the runs; scores in percent, FLOPs of the whole history. `pair saved`: the "
-    text += "share\nof the FLOPs of `roberta-12e` and `bart-12e12d` that a history with both models saves.\n"
+    text += NOTE
     if swept := sweep(results):
         seeds = " and ".join(map(str, sorted({r["pretrained"] for r in swept})))
-        text += f"\n# When to unfreeze (seed {seeds} of pre-training)\n\n{sweep_table(results, swept)}"
+        text += f"\n# When to unfreeze (pre-training seed {seeds}, or some of them)\n\n{sweep_table(results, swept)}"
     return text
 
 
@@ -222,7 +250,7 @@ def plot_pairs(results: list[dict], out: Path) -> bool:
         settings = r["history"][-1].get("settings", {}) if r["history"] else {}
         return [settings.get(name) for name in ("noise", "n_decoder_layers")]
 
-    encoders = [r["history"][-1] for r in select(results, row="roberta-12e") if r["history"]]
+    encoders = [r["history"][-1] for r in select(results, row="roberta-12e") if r["flops"]]
     kinds = [kind(r) for r in select(results, row="bart-12e12d", task="loss")]
     runs: dict[str, dict[float, list[dict]]] = {}  # model -> FLOPs -> results
     for r in select(results, task="loss", table="seq2seq"):

@@ -53,9 +53,8 @@ def test_report(command, checkpoints, folder, capsys):
     (checkpoints / "bad.jsonl").write_text(json.dumps(poor) + "\n")
     with pytest.raises(InputError, match=r"bad\.jsonl:1: not a result"):
         command(report, "bad.jsonl", "--out", "OUT")
-    (checkpoints / "strange.jsonl").write_text(
-        json.dumps(losses[0] | {"checkpoint": "unfreeze-at-x.pt", "history": []})
-    )
+    strange = [r | {"checkpoint": "unfreeze-at-x.pt", "history": []} for r in losses if r["kind"] == "seq2seq"]
+    (checkpoints / "strange.jsonl").write_text("".join(json.dumps(r) + "\n" for r in strange))
     command(report, "losses.jsonl", "strange.jsonl", "--out", "OUT")
     (checkpoints / "file").touch()
     for blocked in ("file", "file/OUT"):
@@ -80,11 +79,14 @@ def write(name, rows):
 def losses(monkeypatch, tmp_path):
     """Of the model from scratch and of three points of a sweep, one of them from a second seed too."""
     monkeypatch.chdir(tmp_path)
-    found = [result("bart-12e12d", language=x, loss=y) for x, y in (("en", 1.0), ("de", 3.0))]
-    found += [result("2stage-bart-12e12d-unfrz", 0.5, loss=9.0)]  # made again below
-    found += [result("2stage-bart-12e12d-unfrz", 0.5, loss=2.0), result("2stage-bart-12e12d", 1.0, loss=4.0)]
-    found += [result("unfreeze-at-0", 0.0, loss=1.5)]
-    return found + [result("2stage-bart-12e12d-unfrz", 0.5, 1, loss=7.0, checkpoint="1/2stage-bart-12e12d-unfrz.pt")]
+    models = [("bart-12e12d", 0.0, 0, 2.0), ("2stage-bart-12e12d-unfrz", 0.5, 0, 9.0)]  # this one is made again below
+    models += [("2stage-bart-12e12d-unfrz", 0.5, 0, 2.0), ("2stage-bart-12e12d", 1.0, 0, 4.0)]
+    models += [("unfreeze-at-0", 0.0, 0, 1.5), ("2stage-bart-12e12d-unfrz", 0.5, 1, 7.0)]
+    return [
+        result(row, point, seed, language=language, loss=loss + more, checkpoint=f"{seed}/{row}.pt")
+        for row, point, seed, loss in models
+        for language, more in (("en", -1), ("de", 1))
+    ]
 
 
 def curve(text):
@@ -92,11 +94,26 @@ def curve(text):
     return text[text.index("# When to unfreeze") :].splitlines()[2:]
 
 
-def test_a_report_does_not_mix_ways_of_fine_tuning(command, checkpoints):
-    one = result("bart-12e12d", task="summ", scores={"ROUGE-L": 1.0}, train_lang="en", n_train=10, seed=0)
-    path = write("a.jsonl", [one, {**one, "n_train": 2000}])
-    with pytest.raises(InputError, match=r"a\.jsonl:2: bart-12e12d in summ with n_train 2000, not 10 as before; keep"):
+@pytest.mark.parametrize(
+    "more, complaint",
+    [
+        ({"n_train": 2000}, r"a\.jsonl:2: scratch in summ with n_train 2000, not 10 as before; keep"),
+        ({"items": 20}, r"a\.jsonl:2: scratch in summ of de with items 20, not 9 as before; keep"),
+        ({"language": "fr"}, r"bart-12e12d\.pt:0: not in summ of fr, as others are; score it in all"),
+    ],
+)
+def test_a_report_does_not_compare_what_differs(command, checkpoints, more, complaint):
+    one = result("bart-12e12d", task="summ", scores={"ROUGE-L": 1.0}, train_lang="en", n_train=10, items=9, seed=0)
+    one |= {"language": "de"}
+    path = write("a.jsonl", [one, {**one, "checkpoint": "scratch.pt", **more}])
+    with pytest.raises(InputError, match=complaint):
         command(report, path, "--out", "OUT")
+
+
+def test_a_checkpoint_that_was_trained_further_costs_what_it_did_in_the_end(command, checkpoints):
+    short, long = (result("bart-12e12d", unfreeze_at=x, loss=y) for x, y in ((1.0, 4.0), (0.0, 3.0)))
+    command(report, write("a.jsonl", [short, long]), "--out", "OUT")
+    assert "| bart-12e12d | 2.00e+09 | - | 3.000 |" in Path("OUT/tables.md").read_text()
 
 
 def test_a_checkpoint_is_one_whatever_the_way_to_it(command, checkpoints, losses):
@@ -112,7 +129,7 @@ def test_report_of_runs_from_other_seeds_and_the_sweep(command, checkpoints, los
     text = Path("OUT/tables.md").read_text()
     assert "| bart-12e12d | 2.00e+09 | - | 2.100 ± 0.141 |" in text
     assert "| nats | de | en | mean |\n|---|---|---|---|\n| bart-12e12d | 3.10 ± 0.14 | 1.10 ± 0.14 | 2.10" in text
-    assert "| 2stage-bart-12e12d | - | 4.00 | 4.00 |" in text
+    assert "| 2stage-bart-12e12d | 5.00 | 3.00 | 4.00 |" in text
     assert curve(text)[2:] == [
         "| 0 | 1.500 | 3.00e+09 | 0.0% |",
         "| 0.5 | 2.000 | 2.50e+09 | 16.7% |",
@@ -122,12 +139,15 @@ def test_report_of_runs_from_other_seeds_and_the_sweep(command, checkpoints, los
 
 
 def test_claims_are_compared_over_the_seeds_of_pre_training(losses):
-    losses = [row for row in losses if row["checkpoint"] != "2stage-bart-12e12d.pt"]
+    losses = [row for row in losses if "2stage-bart-12e12d.pt" not in row["checkpoint"]]
     again = [result("bart-12e12d", 0.0, 1, language=x, loss=y) for x, y in (("en", 1.2), ("de", 3.2))]
     parse = dict(task="parse", train_lang="en")
     rows = [("2stage-bart-12e12d-unfrz", 0, 50.0), ("2stage-bart-12e12d-unfrz", 1, 52.0)]
     rows += [("bart-12e12d", 0, 40.0), ("bart-12e12d", 0, 42.0)]  # two fine-tunings of one
-    scores = [result(x, 0.5, seed, **parse, seed=i, scores={"exact match": y}) for i, (x, seed, y) in enumerate(rows)]
+    scores = [
+        result(x, 0.5, seed, **parse, seed=i, scores={"exact match": y}, checkpoint=f"{seed}/{x}.pt")
+        for i, (x, seed, y) in enumerate(rows)
+    ]
     text = report.claims_table(report.read_results([write("a.jsonl", losses + again), write("b.jsonl", scores)]))
     assert text.splitlines()[2:] == [
         "| unfrozen part-way, does it match? | held-out loss | 4.500 ± 3.536 | 2.100 ± 0.141 | -1.0 | equal |",
@@ -154,7 +174,7 @@ def test_generation_scores_of_the_sweep(command, checkpoints, losses):
     scores = [result(row, at, **parse, seed=i, scores={"exact match": x}) for i, (row, at, x) in enumerate(rows)]
     command(report, write("a.jsonl", losses), write("c.jsonl", scores), "--out", "OUT")
     lines = curve(Path("OUT/tables.md").read_text())
-    assert lines[0] == "| `--unfreeze-at` | held-out loss, nats | parse, exact match | FLOPs | pair saved |"
+    assert lines[0] == "| `--unfreeze-at` | held-out loss, nats | parse, exact match: trained | FLOPs | pair saved |"
     assert lines[2:4] == ["| 0 | 1.500 | - | 3.00e+09 | - |", "| 0.5 | 2.000 | 21.00 ± 1.41 | 2.50e+09 | - |"]
     assert lines[4:] == ["| 1 | 4.000 | - | 2.00e+09 | - |"]
 
