@@ -33,8 +33,14 @@ for task in pos ner slots nli parse summ; do
 
 def print_languages():
     with contextlib.redirect_stdout(None):
-        sets = task_data.find_splits(task, pathlib.Path(folder), train_language)['test']
-    print(*sorted(sets.keys() & languages))
+        splits = task_data.find_splits(task, pathlib.Path(folder), train_language)
+    both = all(train_language in splits[split] for split in ('train', 'dev'))
+    tested = sorted(splits['test'].keys() & languages) if both else []
+    if not tested:
+        has = '; '.join(f'{split}: ' + (' '.join(sorted(splits[split])) or 'none') for split in splits)
+        lack = f'it needs train and dev in {train_language} and test in a language of the data'
+        print(f'{task} is left out: {lack}; {folder} has {has}', file=sys.stderr)
+    print(*tested)
 
 _, task, folder, train_language, *languages = sys.argv
 sys.argv[0] = 'run_all.sh'  # as errors call it
@@ -156,7 +162,8 @@ jobs() { # a cost of 1 is about 100 MLM updates on a CPU
   job 2stage-bart-12e12d-attn-f 35 row 2stage-bart-12e12d-attn-f
   job t5-12e12d 50 row t5-12e12d
   job 2stage-t5-12e12d-unfrz 30 row 2stage-t5-12e12d-unfrz
-  scores seq2seq 2stage-bart-12e12d-attn-f t5-12e12d 2stage-t5-12e12d-unfrz
+  job 2stage-bart-12e12d-unfrz-clm 40 row 2stage-bart-12e12d-unfrz-clm
+  scores seq2seq 2stage-bart-12e12d-attn-f t5-12e12d 2stage-t5-12e12d-unfrz 2stage-bart-12e12d-unfrz-clm
 }
 
 left=0 n_left=0

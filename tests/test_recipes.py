@@ -151,7 +151,10 @@ while [ $# -gt 0 ]; do [ "$1" != --out ] || echo made >> "$2"; shift; done
 """)
         (starters / name).chmod(0o755)
     for name in ("udpos/UD/en_a-ud-test.conllu", "udpos/UD/de_a-ud-test.conllu", "udpos/ja/test.conllu",
-                 "slots/data/test_EN.tsv", "parse/mtop/de/test.txt", "parse/mtop/en/test.txt", "parse/mtop/fr/eval.txt",
+                 "udpos/UD/en_a-ud-train.conllu", "udpos/UD/en_a-ud-dev.conllu", "parse/mtop/en/train.txt",
+                 "slots/data/train_EN.tsv", "slots/data/dev_EN.tsv", "parse/mtop/en/eval.txt",
+                 "summ/data/train-00000-of-00001.parquet", "summ/data/validation-00000-of-00001.parquet",
+                 "nli/de/test.tsv", "slots/data/test_EN.tsv", "parse/mtop/de/test.txt", "parse/mtop/en/test.txt", "parse/mtop/fr/eval.txt",
                  "summ/data/test-00000-of-00001.parquet", "ner/sw/test.bio"):  # fmt: skip
         (tmp_path / "tasks" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "tasks" / name).touch()
@@ -175,6 +178,9 @@ def test_run_all_goes_on_where_it_was_stopped(run_all, tmp_path):
     *names, last = planned.stdout.splitlines()
     assert not commands and last == f"{len(names)} jobs left, none timed yet" and len(set(names)) == len(names)
     assert set(FROM_SCRATCH + MLM + TWO_STAGE) <= set(names)
+    missing = planned.stderr.splitlines()
+    assert [line.split()[0] for line in missing] == ["ner", "nli"]
+    assert missing[1].endswith("tasks/nli has train: none; dev: none; test: de")
     claim = ["roberta-12e", "bart-12e12d", "bart-12e12d+mlm", "2stage-bart-12e12d-unfrz", "2stage-bart-12e12d"]
     assert names[:5] == claim and {"random", "pos.random", "slots.random"} < set(names)
     assert not any(name.startswith("ner.") for name in names)  # in no language of the data
@@ -224,7 +230,6 @@ def test_run_all_says_what_is_wrong(run_all, flags, environment, complaint):
 
 def test_a_damaged_task_file_ends_run_all_with_one_line(run_all, tmp_path):
     """XNLI's files have their languages inside: they are read before anything runs."""
-    (tmp_path / "tasks" / "nli").mkdir()
     (tmp_path / "tasks" / "nli" / "xnli.test.tsv.gz").write_bytes(b"damaged")
     done, commands = run_all("--plan")
     assert done.returncode == 2 and not done.stdout and not commands
