@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cli import InputError, cannot_write, rank, say
+from cli import InputError, cannot_write, out_of_memory, rank, say
 from model import MaskedLM, ModelConfig, Seq2Seq
 
 MODELS = {"encoder": MaskedLM, "seq2seq": Seq2Seq}
@@ -74,7 +74,9 @@ def load_checkpoint(path: Path, *kinds: str) -> dict:
         raise InputError(f"{path}: no such file; run the command that writes it first") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except Exception:  # torch raises many kinds for such a file
+    except Exception as error:  # torch raises many kinds for such a file
+        if out_of_memory(error):
+            raise
         reason = "damaged, not a checkpoint, or one with more than tensors and plain values in it"
         raise InputError(f"{path}: refused: {reason}; fetch or make it again") from None
     if not isinstance(checkpoint, dict) or not {"kind", "config", "weights", "tokenizer", "history"} <= set(checkpoint):

@@ -38,6 +38,11 @@ def say(line: str) -> None:
             tqdm.write(line)
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory is what lacked: torch says so by a RuntimeError."""
+    return isinstance(error, MemoryError) or re.search("(out of|allocate) memory", str(error)) is not None
+
+
 def _one_line(error: Exception) -> str | None:
     """What to tell the user about an error; None if it is a bug, which keeps its traceback."""
     name = Path(sys.argv[0]).name
@@ -46,7 +51,7 @@ def _one_line(error: Exception) -> str | None:
     if isinstance(error, OSError):
         where, reason = error.filename or f"{name}: its output", (error.strerror or str(error)).lower()
         return f"{where}: {reason}; change its permissions, make room or choose another"
-    if isinstance(error, MemoryError) or re.search("(out of|allocate) memory", str(error)):  # torch's: RuntimeError
+    if out_of_memory(error):
         reason = str(error).split("\n")[0][:200]
         return f"{name}: out of memory ({reason}); use smaller micro-batches or a smaller model"
     return None
@@ -74,8 +79,10 @@ def run_command(main: Callable[[], None]) -> None:
         status = 2
         if isinstance(error, BrokenPipeError):  # the reader of the output, such as `head`, has quit
             status = 128 + signal.SIGPIPE
-        elif rank() == 0 or isinstance(error, OneProcessError):  # under torchrun every process finds the same mistake
+        elif isinstance(error, OneProcessError) or int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(line, file=sys.stderr)
+        elif not isinstance(error, InputError):  # a user's mistake is the same for all processes of a machine
+            print(f"process {rank()}: {line}", file=sys.stderr)
     if world() > 1:
         sys.stdout.flush()
         sys.stderr.flush()

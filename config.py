@@ -142,6 +142,7 @@ def make_run(kind: str, flags: dict, objective: type) -> Run:
         raise InputError(f"--out {out}: name it something.pt; the run's own files go to something.run")
     if kind == "encoder":
         flags["n_decoder_layers"] = 0
+    flags = {name: x for name, x in flags.items() if x or name not in ("lr", "embed_lr", "max_len")}  # 0: the default
     newest = max(run_checkpoints(out.with_suffix(".run")), default=None)
     init = state = None
     if resume and newest:

@@ -26,7 +26,8 @@ def generate(
     """Target tokens for sources [B, S]: [B, T] with T <= max_new, each row up to its eos and then pad.
 
     One beam takes the likeliest token each time; more are beam search, which returns the finished hypothesis with the
-    largest sum of log-probabilities / length ** length_penalty (Wu et al. 2016, equation 14, without constants).
+    largest sum of log-probabilities / length ** length_penalty (Wu et al. 2016, equation 14, without constants). Like
+    that of transformers, it stops when no unfinished one would win if it ended there.
     The cache avoids computing keys and values again and changes no token. max_new is at most the model's max_len.
     """
     enc_out = model.encode(src, src_mask)  # [B, S, D]
@@ -93,7 +94,7 @@ def _beam_search(
         rows = (beam.gather(1, keep) + k * torch.arange(n, device=index.device)[:, None]).flatten()  # [B * k]
         for past, _ in cache or ():  # all beams share their source's keys and values
             past.keys, past.values = past.keys.index_select(0, rows), past.values.index_select(0, rows)
-        done |= score[:, 0] / length**length_penalty <= best_score[:, -1]  # no unfinished one can win
+        done |= score[:, 0] / length**length_penalty <= best_score[:, -1]  # none would win if it ended
         if done.all():
             break
     unfinished = torch.where(done[:, None], -torch.inf, score / max_new**length_penalty)

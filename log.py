@@ -3,13 +3,14 @@
 import fcntl
 import json
 import math
+from itertools import count
 from pathlib import Path
 from typing import TextIO
 
 from tqdm import tqdm
 
-from cli import InputError, append_json, rank, say
-from config import Run
+from cli import InputError, append_json, cannot_write, rank, say
+from config import Run, run_checkpoints
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -36,7 +37,7 @@ class Log:
         self.bar = tqdm(total=run.train.steps, initial=done, desc=run.out.name, disable=None if rank() == 0 else True)
 
     def _open(self, done: int) -> TextIO:
-        """Locks the folder, prepares the log, and returns the lock, which even a killed process releases."""
+        """Locks the folder, prepares the log, and returns the lock. A killed process releases it, after 5 s at most."""
         folder, state = self.run.folder, self.run.state
         folder.mkdir(exist_ok=True)
         lock = open(folder / "lock", "w")
@@ -47,14 +48,23 @@ class Log:
             raise InputError(f"{folder}: another run is writing there; wait, or give another --out") from None
         except OSError as error:  # network file systems that cannot lock
             say(f"{folder}: cannot be locked ({error.strerror}); make sure that no other run writes there")
+        if state and (newest := run_checkpoints(folder)[-1]).stem != f"{done:09d}":
+            lock.close()
+            raise InputError(f"{newest}: another run has just saved it; start again to go on from there")
         for part in folder.glob("*.part"):  # left by an interrupted save
             part.unlink()
         if state is None and self.path.exists():  # left by a run whose checkpoints are gone
-            self.path.rename(folder / f"metrics-{len(list(folder.glob('metrics*')))}.jsonl")
+            names = (folder / f"metrics-{k}.jsonl" for k in count(1))
+            self.path.rename(next(name for name in names if not name.exists()))
         old = read_metrics(self.path) if state and self.path.exists() else []
         # The loss of step n belongs to the update after checkpoint n, a held-out loss to the one before it.
         kept = [line for line in old if line["step"] < done + ("held_out" in line)]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        part = self.path.with_suffix(".part")
+        try:
+            part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            part.replace(self.path)
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
         self.means = {line["step"]: line["mean"] for line in kept if "held_out" in line}
         return lock
 

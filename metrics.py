@@ -98,8 +98,8 @@ def scores(task: str, gold: list[Item], predicted: list[Item]) -> dict[str, floa
 def majority(task: str, train: list[Item], items: list[Item]) -> list[Item]:
     """A baseline without a model: the training set's most frequent tag and label; for summ, the text's first words."""
     if task == "summ":
-        n = round(statistics.mean(len(item.label.split()) for item in train))
-        return [Item(item.words, label=" ".join(item.words[0].split()[:n])) for item in items]
+        n = round(statistics.mean(len(rouge_words(item.label)) for item in train))
+        return [Item(item.words, label=" ".join(rouge_words(item.words[0])[:n])) for item in items]
     tags = Counter(tag for item in train for tag in item.tags).most_common(1)
     label = Counter(item.label for item in train).most_common(1)[0][0]
     return [Item(item.words, [tags[0][0]] * len(item.words) if tags else [], label) for item in items]

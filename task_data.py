@@ -34,7 +34,8 @@ MTOP = ["id", "intent", "slots", "utterance", "domain", "locale", "tree", "token
 CONLL = (".conllu", ".conll")  # columns: number, word, lemma or intent, tag
 NO_WORD = re.compile(r"#|\d+[-.]\d+\t")  # of CoNLL-U: a comment, a range of words (1-2), an empty node (5.1)
 IN_CSV = re.compile(r'"([^"]|"")*""([^"]|"")*"')  # a field with quotes in it, as csv writers quote it
-FORMATS = (*CONLL, ".bio", ".parquet", ".jsonl", ".json", ".tsv", ".txt", "")  # if two files share a name, the first
+# If two files share a name, the first of these is read.
+FORMATS = (*CONLL, ".bio", ".parquet", ".jsonl", ".ndjson", ".json", ".tsv", ".txt", "")
 NEEDED = "columns must be separated by tabs and have labels (XTREME's test files have none); use another file"
 CODE = "[A-Za-z]{2,3}(?:[-_][A-Za-z]{2,})*"  # of a language: en, EN, gsw, zh-classical
 NAME = re.compile(
@@ -89,7 +90,7 @@ def rows(path: Path) -> Iterator[tuple[int, dict | list[str]]]:
     if path.suffix == ".parquet":
         yield from parquet_rows(path)
         return
-    is_json = unpacked(path).suffix in (".json", ".jsonl")
+    is_json = unpacked(path).suffix in (".json", ".jsonl", ".ndjson")
     for number, line in lines(path):
         if line.strip() and is_json:
             try:
@@ -134,7 +135,7 @@ def records(task: str, path: Path) -> Iterator[tuple[int, dict]]:
 def sentences(task: str, path: Path) -> Iterator[tuple[int, dict]]:
     """Numbered sentences of a file with one word per line: columns as in CONLL, or the word first and its tag last."""
     conll, width = unpacked(path).suffix in CONLL, 0
-    needed = "number, word, lemma or intent, tag" if conll else "word, tag"
+    needed = "number, word, lemma or intent, tag (name files of word and tag .bio)" if conll else "word, tag"
     for blank, group in groupby(lines(path), lambda numbered: not numbered[1].strip()):
         block = [(number, line.split("\t")) for number, line in group if not (conll and NO_WORD.match(line))]
         if blank or not block:
@@ -195,6 +196,9 @@ def read_tagged(task: str, path: Path, language: str, notes: Counter) -> list[It
     by_word, items = CONLL if task == "slots" else (*CONLL, ".bio", ".tsv", ".txt", ""), []
     for number, record in (sentences if unpacked(path).suffix in by_word else records)(task, path):
         words, tags = (re.findall("[^ ]+", x) if isinstance(x, str) else x for x in (record["words"], record["tags"]))
+        texts = [*words, record.get("label", "")] if isinstance(words, list) and isinstance(tags, list) else [words]
+        if not all(isinstance(x, str) for x in texts):
+            raise InputError(f"{path}:{number}: words and tags must be lists, words and intents texts; convert numbers")
         if len(words) != len(tags):
             raise InputError(f"{path}:{number}: {len(words)} words and {len(tags)} tags; give every word a tag")
         if odd := [tag for tag in tags if not re.fullmatch(valid, str(tag))]:
@@ -231,7 +235,7 @@ def find_splits(task: str, folder: Path, train_language: str) -> dict[str, dict[
             others.append(str(path.relative_to(folder)))
             continue
         code = (match["ud"] or match["first"] or match["last"] or "").lower()
-        no_language = path.parent == folder or re.search(r"^data$|\d", parent)
+        no_language = path.parent == folder or re.fullmatch(r"data|(?![a-z]{2,3}-\d{3}$).*\d.*", parent)
         languages = {code or ("" if no_language else parent) or match["xlsum"] or ""} - {""}
         if not languages and task == "nli":
             languages = {record.get("language") for _, record in records(task, path)} - {None}
@@ -240,7 +244,8 @@ def find_splits(task: str, folder: Path, train_language: str) -> dict[str, dict[
         for language in languages or {train_language}:
             splits.get(match["split"], splits["dev"]).setdefault(language, []).append(path)
     if others:
-        print(f"{folder}: not read, no split in the name: {' '.join(others[:9])}{' ...' * (len(others) > 9)}")
+        named = f"{' '.join(others[:9])}{' ...' * (len(others) > 9)} (formats: {' '.join(filter(None, FORMATS))})"
+        print(f"{folder}: not read, no split or unknown format in the name: {named}")
     return splits
 
 

@@ -38,8 +38,9 @@ def encoder_objective(ids: SpecialIds, cfg: MLMConfig) -> trainer.Objective:
 def main() -> None:
     run = trainer.start(__doc__, "encoder", MLMConfig)
     seq_len, mask_prob = run.train.seq_len, run.objective.mask_prob
-    if round(seq_len * mask_prob) < 1:
-        raise InputError(f"--mask-prob {mask_prob} of --seq-len {seq_len} masks nothing; raise it")
+    if round(seq_len * min(mask_prob, SCORED.mask_prob)) < 1:
+        what = f"--mask-prob {mask_prob}, or {SCORED.mask_prob} of held-out rows,"
+        raise InputError(f"{what} of --seq-len {seq_len} masks nothing; raise it")
     objective, scored = (encoder_objective(run.data.ids, cfg) for cfg in (run.objective, SCORED))
     trainer.fit(run, trainer.new_model(run), objective, scored=scored)
 

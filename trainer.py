@@ -68,6 +68,8 @@ def start(description: str, kind: str, objective: type) -> Run:
         except ValueError as error:  # a cluster may set WORLD_SIZE and not the rest
             raise InputError(f"the environment is not torchrun's ({error}); start with torchrun") from None
     if torch.cuda.is_available():
+        if (n := torch.cuda.device_count()) <= device().index:
+            raise OneProcessError(f"--nproc-per-node: more than the {n} GPUs here; start as many processes")
         torch.cuda.set_device(device())
     run = make_run(kind, flags, objective)
     if run.train.dtype == "bf16" and product_dtype("bf16") == torch.float32:
@@ -149,6 +151,18 @@ def _shard(model: nn.Module, dtype: str) -> None:
     fully_shard(model, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False))
 
 
+def refuse_unlike_processes(run: Run) -> None:
+    """Raises InputError if processes read other data or go on from other checkpoints, as on machines without shared
+    files. Every process must call it.
+    """
+    done = run.state["spent"]["steps"] if run.state else 0
+    dist.all_gather_object(theirs := [None] * world(), (run.data.fingerprint[:8], done))
+    for what, values in zip((f"{run.train.data}: the data", f"{run.folder}: the updates done"), zip(*theirs)):
+        if len(set(values)) > 1:
+            differ = f"{what} are not the same for all processes ({', '.join(map(str, values))[:80]})"
+            raise InputError(f"{differ}; put the files where every machine sees them")
+
+
 def _like(x: Tensor, p: Tensor) -> Tensor:
     """This process's shard of a whole tensor, if p is sharded."""
     if isinstance(p, DTensor) and x.shape == p.shape:
@@ -199,8 +213,14 @@ def _loader(run: Run, objective: Objective, first_step: int) -> DataLoader:
         collate_fn=lambda step: batch_of(run, objective, step),
         num_workers=run.train.workers,
         multiprocessing_context="fork" if run.train.workers else None,
-        worker_init_fn=lambda _: os.setpgid(0, 0),  # a signal to the group must not end workers before their last rows
+        worker_init_fn=_shielded,
     )
+
+
+def _shielded(_: int) -> None:
+    """Keeps signals to the run from ending a row worker before its last rows."""
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 # Held-out loss -----------------------------------------------------------------------------------------------------
@@ -262,6 +282,8 @@ def fit(
         return bool(signals) or (under_torchrun and os.getppid() != parent)
 
     try:
+        if dist.is_initialized():
+            refuse_unlike_processes(run)
         with contextlib.closing(Log(run)) as log:
             Training(run, model, objective, frozen, scored or objective, log, told_to_stop).loop()
     except OneProcessError as error:  # torch puts its own report before the message of a row worker

@@ -107,6 +107,26 @@ def test_too_little_memory_is_one_line(ask, capsys):
     assert re.fullmatch(r"[^\n]*: out of memory \([^\n]*\); use smaller micro-batches [^\n]*\n", said)
 
 
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (MemoryError("full"), "process 1: .*: out of memory .*\n"),
+        (cli.InputError("--lr -1: raise it"), ""),
+        (cli.OneProcessError("row 7: bad"), "[^\n]*row 7: bad\n"),
+    ],
+)
+def test_a_process_that_is_not_the_first_says_what_only_it_can_know(monkeypatch, capsys, error, said):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit, match="2"):
+        cli.run_command(main)
+    assert re.fullmatch(said, capsys.readouterr().err)
+
+
 def test_other_faults_of_memory_keep_their_traceback():
     def main() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

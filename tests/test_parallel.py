@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -289,7 +290,7 @@ def test_row_workers(command, data_dir, tmp_path, monkeypatch):
 
 
 def test_a_signal_to_the_whole_group_lets_the_last_update_have_its_rows(data_dir, tmp_path):
-    """As `timeout` and schedulers send it: row workers hear it, too."""
+    """As `timeout` and schedulers send it, to the group and to each process: row workers hear it, too."""
     line = [sys.executable, ROOT / "train_encoder.py", "--data", data_dir, *SMALL, *ROWS, "--steps", 10**6]
     run = subprocess.Popen(
         [*map(str, line), "--workers", "2", "--log-every", "1"],
@@ -298,8 +299,12 @@ def test_a_signal_to_the_whole_group_lets_the_last_update_have_its_rows(data_dir
     log = tmp_path / "enc.run" / "metrics.jsonl"
     while run.poll() is None and not (log.exists() and log.read_text().count("\n") > 5):
         time.sleep(0.05)
+    workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    for number in map(int, workers):
+        os.kill(number, signal.SIGTERM)
     os.killpg(run.pid, signal.SIGTERM)
     said, _ = run.communicate(timeout=60)
+    assert len(workers) >= 2
     steps = int(re.search(r"stopped after (\d+) steps, all saved", said)[1])
     assert run.returncode == 0 and trainer.run_checkpoints(tmp_path / "enc.run")[-1].stem == f"{steps:09d}"
 
@@ -312,6 +317,24 @@ def test_processes_wait_for_the_embedded_corpus_whether_they_find_it_made_or_not
     waited = []
     config.open_data(config.SAMPLE, 32)
     assert waited == [1]
+
+
+def test_machines_without_a_common_folder_are_refused(command, data_dir, tmp_path):
+    """Two processes, one of which does not see the checkpoint that the other resumes from."""
+    flags = [*map(str, ["--data", data_dir, *SMALL, *ROWS, "--steps", 4, "--resume"])]
+    command(train_encoder, *flags[:-3], "--steps", 2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    (tmp_path / "elsewhere").mkdir()
+    runs = []
+    for rank, folder in (("0", tmp_path), ("1", tmp_path / "elsewhere")):
+        machine = dict(RANK=rank, LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        line, pipe = [sys.executable, str(ROOT / "train_encoder.py"), *flags], subprocess.PIPE
+        runs.append(subprocess.Popen(line, cwd=folder, env=os.environ | machine, stderr=pipe, text=True))
+    for run in runs:
+        said = run.communicate(timeout=100)[1]
+        assert run.returncode == 2 and "enc.run: the updates done are not the same for all processes (2, 0)" in said
 
 
 def test_one_run_at_a_time(command, data_dir, tmp_path):

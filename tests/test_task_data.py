@@ -55,7 +55,9 @@ def test_the_table_of_layouts():
         ("en/train.tsv", "train", "en"), ("en/dev", "dev", "en"), ("a/zh-yue/test.txt.xz", "test", "zh-yue"),
         ("en/valid.bio", "dev", "en"), ("en/validation-00000-of-00001.parquet", "dev", "en"),
         ("en/val.tsv", "dev", "en"), ("en/eval.txt", "dev", "en"), ("en-x/test.part-1.tsv", "test", "en-x"),
-        ("train-sw.tsv", "train", "sw"), ("dev-zh-min-nan.tsv", "dev", "zh-min-nan"),
+        ("train-sw.tsv", "train", "sw"),
+        ("es-419/train.ndjson", "train", "es-419"), ("UD-2.9/dev.conllu", "dev", "xx"),
+        ("dev-zh-min-nan.tsv", "dev", "zh-min-nan"),
         ("train_DE.tsv", "train", "de"), ("data/x/test_PT.tsv", "test", "pt"),
         ("xSID-0.7/de-ba.valid.conll", "dev", "de-ba"), ("gsw.test.conll", "test", "gsw"),
         ("UD_Upper_Sorbian-UFAL/hsb_ufal-ud-test.conllu", "test", "hsb"), ("en_ewt-ud-dev.conllu.gz", "dev", "en"),
@@ -72,12 +74,22 @@ def test_splits_and_languages_by_file_name(tmp_path, name, split, language):
 
 
 @pytest.mark.parametrize(
-    "name", ["en/training.tsv", "en/extra", "README.md", "en/train.tsv~", "en/train.zip", "en/detest.tsv", "en/en.py"]
+    "name",
+    [
+        "en/training.tsv",
+        "en/extra",
+        "README.md",
+        "en/train.tsv~",
+        "en/train.zip",
+        "en/detest.tsv",
+        "en/en.py",
+        "en/train.csv",
+    ],
 )
 def test_what_is_no_split_is_named(tmp_path, name, capsys):
     put(tmp_path / name, "")
     assert not any(find_splits("ner", tmp_path, "en").values())
-    assert f"not read, no split in the name: {name}\n" in capsys.readouterr().out
+    assert f"not read, no split or unknown format in the name: {name} (formats: .conllu" in capsys.readouterr().out
 
 
 def test_links_are_followed_and_hidden_files_are_not_read(tmp_path):
@@ -152,6 +164,9 @@ def test_a_file_packed_and_not(tmp_path):
         ("ner", "a.bio", "a\tO\nb\tO\tO\n", "a.bio:2: not word, tag"),
         ("ner", "a.bio", "a\tO\n\nb\tO\nc\tPER\n", "a.bio:3: the tag 'PER' in this sentence is not BIO"),
         ("ner", "a.jsonl", '{"tokens": ["a"], "ner_tags": [0]}\n', "a.jsonl:1: the tag 0 in this"),
+        ("ner", "a.jsonl", '{"tokens": [1], "ner_tags": ["O"]}\n', "a.jsonl:1: words and tags must be lists, words"),
+        ("ner", "a.jsonl", '{"tokens": ["a"], "ner_tags": 0}\n', "a.jsonl:1: words and tags must be lists"),
+        ("slots", "a.jsonl", '{"utterance": "a", "slot_labels": "O", "intent": 0}\n', "a.jsonl:1: words and tags must"),
         ("slots", "a.tsv", "a b\tO\ti\n", "a.tsv:1: 2 words and 1 tags; give every word a tag"),
         ("slots", "a.tsv", "a b\tO O\n", "a.tsv:1: not all of utterance, slot_labels, intent"),
         ("slots", "a.tsv", "a\tO\ti\tj\n", "a.tsv:1: 4 columns, not 3"),

@@ -19,6 +19,7 @@ import torch
 from conftest import ROOT, ROWS, SMALL
 from torch.utils.flop_counter import FlopCounterMode
 
+import config
 import eval as evaluation
 import extract
 import train_encoder
@@ -448,10 +449,12 @@ def test_too_little_held_out_is_refused_before_training(command, data_dir, tmp_p
 
 def test_the_log_of_a_run_whose_checkpoints_are_gone_is_kept(command, data_dir, tmp_path):
     flags = ["--data", data_dir, *SMALL, *ROWS, "--steps", 1]
-    for number in range(3):
+    for number in range(4):
         command(train_encoder, *flags, "--seed", number)
         (tmp_path / "enc.pt").unlink()
         trainer.run_checkpoints(tmp_path / "enc.run")[-1].unlink()
+        if number == 2:
+            (tmp_path / "enc.run" / "metrics-1.jsonl").unlink()  # room for the next
     logs = [(tmp_path / "enc.run" / f"metrics{x}.jsonl").read_text() for x in ("-1", "-2", "")]
     assert len(set(logs)) == 3
 
@@ -530,9 +533,12 @@ def test_resume_with_a_contradicting_flag_is_refused(command, data_dir, encoder,
 
 
 def test_the_command_that_began_a_run_resumes_it(command, data_dir, monkeypatch, tmp_path):
-    """With --preset, whose decoder an encoder leaves out and whose dropout is not that of the encoder of --init."""
+    """With --preset, whose decoder an encoder leaves out and whose dropout is not that of the encoder of --init, and
+    with 0 for a default.
+    """
     monkeypatch.setitem(PRESETS, "small", {**PRESETS["small"], "d_model": 32, "n_heads": 2, "d_ff": 64})
     flags = ["--data", data_dir, "--preset", "small", *ROWS, "--steps", 2]
+    flags += ["--lr", 0, "--embed-lr", 0, "--max-len", 0]
     command(train_encoder, *flags, "--dropout", 0, "--out", "enc.pt")
     command(train_encoder, *flags, "--dropout", 0, "--out", "enc.pt", "--resume")
     command(train_seq2seq, *flags, "--init", "enc.pt", "--out", "two.pt")
@@ -681,6 +687,45 @@ def test_a_disk_too_full_for_the_log_is_one_line_that_names_it(data_dir, tmp_pat
     full = script("train_encoder.py", "--data", data_dir, *SMALL, *ROWS, "--steps", 2, preexec_fn=limited)
     assert full.returncode == 2 and len(full.stderr.splitlines()) == 1, full.stderr
     assert "enc.run/metrics.jsonl: cannot be written" in full.stderr and "--resume" in full.stderr
+
+
+def test_a_log_is_whole_even_if_the_disk_is_too_full_to_resume(data_dir, tmp_path, script):
+    flags = ["--data", data_dir, *SMALL, *ROWS, "--steps", 4, "--log-every", 1]
+    script("train_encoder.py", *flags)
+    (tmp_path / "enc.pt").unlink()
+    before = (log := tmp_path / "enc.run" / "metrics.jsonl").read_bytes()
+    limited = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2))
+    full = script("train_encoder.py", *flags, "--resume", preexec_fn=limited)
+    assert full.returncode == 2 and "enc.run/metrics.jsonl: cannot be written" in full.stderr
+    assert log.read_bytes() == before
+
+
+def test_a_run_does_not_go_on_from_a_checkpoint_that_is_no_longer_the_newest(command, data_dir, tmp_path, monkeypatch):
+    """As when a run that was told to stop saves while the next one starts."""
+    flags = ["--data", data_dir, *SMALL, *ROWS, "--steps", 4, "--save-every", 2, "--keep", 2]
+    command(train_encoder, *flags)
+    (tmp_path / "enc.pt").unlink()
+    real = config.run_checkpoints
+    monkeypatch.setattr(config, "run_checkpoints", lambda folder: real(folder)[:1])
+    with pytest.raises(InputError, match=r"enc\.run/000000004\.pt: another run has just saved it; start again"):
+        command(train_encoder, *flags, "--resume")
+
+
+def test_too_little_memory_is_no_damage(monkeypatch):
+    def load(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 480000000 bytes.")
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        load_checkpoint("enc.pt")
+
+
+def test_more_processes_than_gpus_are_refused(command, data_dir, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(InputError, match="--nproc-per-node: more than the 1 GPUs here"):
+        command(train_encoder, "--data", data_dir, *SMALL, *ROWS, "--steps", 1)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])
