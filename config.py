@@ -215,6 +215,8 @@ def _must_agree(given: dict, fixed: dict, source: object) -> None:
 def open_data(name: str, seq_len: int, seed: int = 0, alpha: float = 0.5) -> TokenData:
     """Opens a data folder. Encodes the embedded corpus on first use; raises InputError if that fails."""
     folder = SAMPLE_DATA if name == SAMPLE else Path(name)
+    if name == SAMPLE and (own := Path(name).resolve()).is_dir() and own != SAMPLE_DATA:
+        raise InputError(f"--data {name}: means the embedded corpus; to use the folder {own}, give its whole path")
     if folder == SAMPLE_DATA and rank() == 0 and not folder.exists():
         say("encoding the embedded corpus, once")
         try:  # make it elsewhere, then rename: the folder is never half there, even if two processes make it

@@ -65,7 +65,7 @@ def read_results(paths: list[Path]) -> list[dict]:
                     result["table"] = "seq2seq" if task in GENERATION else "encoder"
                     result["group"] = "trained" if result["language"] == result["train_lang"] else "others"
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise InputError(f"{path}:{number}: not a result of eval.py; remove the line") from None
+                raise InputError(f"{path}:{number}: not a result of a task of eval.py; remove the line") from None
             same = {(task, name): result.get(name) for name in HOW}
             same[f"{task} of {result['language']}", "items"] = result.get("items")
             for (what, name), value in same.items():

@@ -47,11 +47,11 @@ def test_report(command, checkpoints, folder, capsys):
     assert float(table[2][1]) < float(table[3][1])  # the second stage adds to the first
     assert not (checkpoints / "OUT" / "pairs.png").exists()  # one pair only
     (checkpoints / "bad.jsonl").write_text("{}\n[1]\n")
-    with pytest.raises(InputError, match=r"bad\.jsonl:1: not a result"):
+    with pytest.raises(InputError, match=r"bad\.jsonl:1: not a result of a task"):
         command(report, "bad.jsonl", "--out", "OUT")
     poor = {name: value for name, value in results[0].items() if name != "train_lang"}
     (checkpoints / "bad.jsonl").write_text(json.dumps(poor) + "\n")
-    with pytest.raises(InputError, match=r"bad\.jsonl:1: not a result"):
+    with pytest.raises(InputError, match=r"bad\.jsonl:1: not a result of a task"):
         command(report, "bad.jsonl", "--out", "OUT")
     strange = [r | {"checkpoint": "unfreeze-at-x.pt", "history": []} for r in losses if r["kind"] == "seq2seq"]
     (checkpoints / "strange.jsonl").write_text("".join(json.dumps(r) + "\n" for r in strange))

@@ -762,3 +762,9 @@ def test_rows_without_a_target_are_no_error(command, data_dir, tmp_path):
         path.write_bytes(raw[:32] + bytes(len(raw) - 32))
     command(train_encoder, "--data", "holes", *SMALL, *ROWS, "--steps", 2)
     assert load_checkpoint(tmp_path / "enc.pt")["history"][0]["skipped"] == 0
+
+
+def test_a_folder_that_is_called_like_the_embedded_corpus_is_not_passed_over(command, tmp_path):
+    (tmp_path / config.SAMPLE).mkdir(parents=True)
+    with pytest.raises(InputError, match="--data sample/data: means the embedded corpus; to use the folder /"):
+        command(train_encoder, *SMALL, *ROWS, "--steps", 1)
