@@ -214,20 +214,17 @@ COMMANDS: dict[str | None, Command] = {  # task -> what it runs, the flags that 
 }
 
 
-def command_of(task: str | None) -> Command:
-    """The entry of COMMANDS, or that of a fine-tuning task; a user's own file may have added one to METRICS."""
-    fine_tuning = run_task, (*FINE_TUNING, *["beams", "cut"] * (task in GENERATION)), "nothing else"
-    return COMMANDS.get(task, fine_tuning)
-
-
-def parse_flags() -> argparse.Namespace:
-    """Parses the command line. Raises InputError for a number out of range and for a flag that would do nothing."""
+def parse_flags() -> tuple[Callable[[argparse.Namespace], object], argparse.Namespace]:
+    """What the command line asks for, and its flags. Raises InputError for a number out of range and for a flag that
+    would do nothing.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("checkpoint", type=Path, help="enc.pt or seq2seq.pt")
     add("more", nargs="*", help="a sentence for fill (with <mask>) or generate; more checkpoints for cost")
-    names = [*filter(None, COMMANDS), *METRICS]
-    add("--task", choices=names, help="default: held-out losses, and a sample in each language")
+    flags = {task: (*FINE_TUNING, *["beams", "cut"] * (task in GENERATION)) for task in METRICS}
+    commands = COMMANDS | {task: (run_task, flags[task], "nothing else") for task in METRICS}
+    add("--task", choices=[*filter(None, commands)], help="default: held-out losses, and a sample in each language")
     add("--data", type=Path, help="data folder (default: what it was trained on); for a task, the folder of its files")
     add("--langs", nargs="+", help="languages to evaluate (default: all)")
     add("--beams", type=int, default=1, help="hypotheses kept, 1 is greedy (default %(default)s)")
@@ -248,21 +245,21 @@ def parse_flags() -> argparse.Namespace:
     for lr in args.lr or []:
         if not 0 < lr < math.inf:
             raise InputError(f"--lr {lr}: it must be positive and finite")
-    _, affecting, follows = command_of(args.task)
+    command, affecting, follows = commands[args.task]
     title = f"--task {args.task or 'loss'}"
     for name, value in vars(args).items():
         if name not in ("checkpoint", "more", "task", *affecting) and value != parser.get_default(name):
             raise InputError(f"--{name.replace('_', '-')} does nothing with {title}; leave it out")
     if follows != "checkpoints" and len(args.more) != (follows != "nothing else"):
         raise InputError(f"{title} takes a checkpoint and {follows}")
-    return args
+    return command, args
 
 
 def main() -> None:
-    args = parse_flags()
+    command, args = parse_flags()
     if rank() == 0:  # torchrun may have started more processes: one does it all
         trainer.keep_memory()
-        command_of(args.task)[0](args)
+        command(args)
 
 
 if __name__ == "__main__":

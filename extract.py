@@ -43,19 +43,14 @@ def main() -> None:
     args = parser.parse_args()
     if (args.checkpoint is None) == (args.from_hf is None) or (args.from_hf and args.to_hf):
         raise InputError("name a checkpoint (--to-hf DIR exports it) or --from-hf DIR, not both")
+    if args.to_hf or args.from_hf:
+        import hf
     if args.to_hf:
-        from hf import to_hf
-
-        to_hf(args.checkpoint, args.to_hf)
-        return
-    if args.out.exists():
+        hf.to_hf(args.checkpoint, args.to_hf)
+    elif args.out.exists():
         raise InputError(f"{args.out}: exists; give another --out")
-    if args.from_hf:
-        from hf import from_hf
-
-        save_checkpoint(args.out, from_hf(args.from_hf))
     else:
-        save_checkpoint(args.out, extracted(args.checkpoint))
+        save_checkpoint(args.out, hf.from_hf(args.from_hf) if args.from_hf else extracted(args.checkpoint))
 
 
 if __name__ == "__main__":

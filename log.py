@@ -30,7 +30,6 @@ class Log:
 
     def __init__(self, run: Run):
         self.run, self.path = run, run.folder / "metrics.jsonl"
-        self.entropy = sum(map(run.data.unigram_entropy, run.data.languages)) / len(run.data.languages)
         self.means: dict[int, float] = {}  # updates done -> held-out loss
         done = run.state["spent"]["steps"] if run.state else 0
         self.lock = self._open(done) if rank() == 0 else None
@@ -93,8 +92,3 @@ class Log:
         self._write(step=done, held_out=losses, mean=mean)
         at_the_start = "" if done else f", ln V = {math.log(self.run.model.vocab_size):.3f}"
         say(f"step {done}: held-out loss {mean:.3f}{at_the_start}")
-
-    def summary(self) -> str:
-        """What the run achieved, next to the loss of a model that knows only how frequent each piece is."""
-        before, after = self.means[0], self.means[max(self.means)]
-        return f"held-out loss {before:.2f} before, {after:.2f} after; of single pieces {self.entropy:.2f}"

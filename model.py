@@ -271,13 +271,10 @@ class Fusion(nn.Module):
         super().__init__()
         self.query, self.norm = nn.Parameter(torch.zeros(cfg.d_model)), nn.LayerNorm(cfg.d_model)
 
-    def weights(self, layers: Tensor) -> Tensor:  # [layers, B, S, D] -> [layers, B, S]
-        """The share of each layer at each token; they add up to 1."""
-        return (self.norm(layers) @ self.query / len(self.query) ** 0.5).float().softmax(0)
-
     def forward(self, layers: Tensor) -> Tensor:  # [layers, B, S, D] -> [B, S, D]
         """The fused vectors."""
-        return (self.weights(layers)[..., None] * layers).sum(0)
+        shares = (self.norm(layers) @ self.query / len(self.query) ** 0.5).float().softmax(0)  # [layers, B, S]
+        return (shares[..., None] * layers).sum(0)
 
 
 def softmax_loss(logits: Tensor, bias: Tensor | None, targets: Tensor, gradient: bool) -> Tensor:

@@ -26,11 +26,7 @@ class SpecialIds:
     clm: int = 5  # [CLM], prefix of causal rows in AlexaTM 20B
     sentinel: int = 6  # <extra_id_0>; <extra_id_k> is sentinel + k
     n_sentinels: int = 100
-
-    @property
-    def ordinary(self) -> int:
-        """The first id that stands for text; so do all ids after it."""
-        return self.sentinel + self.n_sentinels
+    ordinary: int = sentinel + n_sentinels  # the first id that stands for text; so do all ids after it
 
 
 TOKENIZER_CHARS = 8_000_000  # characters the tokenizer is trained on, in equal shares of the languages

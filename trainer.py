@@ -440,5 +440,7 @@ class Training:
         cost = f"{spent['tokens']:,} tokens, {spent['flops']:.3g} FLOPs, {spent['seconds']:.0f} s of training"
         skipped = f", {spent['skipped']} skipped" if spent["skipped"] else ""
         say(f"{run.out}: {spent['steps']} steps, {cost}{skipped}")
-        if 0 in self.log.means:  # unless the log was removed on the way
-            say(f"{run.out}: {self.log.summary()}")
+        if 0 in (means := self.log.means):  # unless the log was removed on the way
+            single = sum(map(run.data.unigram_entropy, run.data.languages)) / len(run.data.languages)
+            found = f"held-out loss {means[0]:.2f} before, {means[max(means)]:.2f} after"
+            say(f"{run.out}: {found}; of single pieces {single:.2f}")

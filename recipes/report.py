@@ -58,6 +58,7 @@ def read_results(paths: list[Path]) -> list[dict]:
                 result["run"] = f"{result['model']}:{result.get('seed')}"
                 result["flops"] = sum(stage["flops"] for stage in history)
                 result |= {"unfreeze_at": settings.get("unfreeze_at"), "pretrained": settings.get("seed")}
+                result["objective"] = settings.get("noise"), settings.get("n_decoder_layers")
                 if task == "loss":  # table: the kind of the model, or that which the task is for
                     result |= {"main": result["loss"], "table": result["kind"], "group": "all"}
                 else:
@@ -86,15 +87,11 @@ def read_results(paths: list[Path]) -> list[dict]:
 
 def refuse_unlike_languages(results: list[dict]) -> None:
     """Raises InputError if a run lacks languages that others have: their means would not be comparable."""
-    tested: dict[tuple, dict[str, set]] = {}  # table, task and group -> run -> languages
-    for r in results:
-        runs = tested.setdefault((r["table"], r["task"], r["group"]), {})
-        runs.setdefault(r["run"], set()).add(r["language"])
-    for (_, task, _), runs in tested.items():
-        for run, languages in runs.items():
-            if lacking := set().union(*runs.values()) - languages:
-                remedy = "score it in all, or keep it in a file of its own"
-                raise InputError(f"{run}: not in {task} of {' '.join(sorted(lacking))}, as others are; {remedy}")
+    for table, task, group, run in dict.fromkeys((r["table"], r["task"], r["group"], r["run"]) for r in results):
+        compared = select(results, table=table, task=task, group=group)
+        if lacking := {r["language"] for r in compared} - {r["language"] for r in select(compared, run=run)}:
+            remedy = "score it in all, or keep it in a file of its own"
+            raise InputError(f"{run}: not in {task} of {' '.join(sorted(lacking))}, as others are; {remedy}")
 
 
 def select(results: list[dict], **wanted: object) -> list[dict]:
@@ -104,10 +101,8 @@ def select(results: list[dict], **wanted: object) -> list[dict]:
 
 def by_run(results: list[dict]) -> list[float]:
     """The mean over the languages of each run (of pre-training and fine-tuning)."""
-    runs: dict[str, list[float]] = {}
-    for r in results:
-        runs.setdefault(r["run"], []).append(r["main"])
-    return [statistics.mean(x) for x in runs.values()]
+    runs = dict.fromkeys(r["run"] for r in results)
+    return [statistics.mean(r["main"] for r in select(results, run=run)) for run in runs]
 
 
 def by_seed(results: list[dict]) -> list[float]:
@@ -246,15 +241,11 @@ def plot_pairs(results: list[dict], out: Path) -> bool:
     """
     from matplotlib.figure import Figure  # pyplot would keep every figure it makes in memory
 
-    def kind(r: dict) -> list:
-        settings = r["history"][-1].get("settings", {}) if r["history"] else {}
-        return [settings.get(name) for name in ("noise", "n_decoder_layers")]
-
     encoders = [r["history"][-1] for r in select(results, row="roberta-12e") if r["flops"]]
-    kinds = [kind(r) for r in select(results, row="bart-12e12d", task="loss")]
+    kinds = [r["objective"] for r in select(results, row="bart-12e12d", task="loss")]
     runs: dict[str, dict[float, list[dict]]] = {}  # model -> FLOPs -> results
     for r in select(results, task="loss", table="seq2seq"):
-        if r["history"] and encoders and kind(r) in kinds:
+        if r["history"] and encoders and r["objective"] in kinds:
             alone = all(stage["stage"] == "seq2seq" for stage in r["history"])
             encoder = encoders[0]["flops"] / encoders[0]["steps"] * r["history"][-1]["steps"] if alone else 0.0
             name = "both from scratch" if alone else r["row"]
