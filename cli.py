@@ -43,27 +43,14 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or re.search("(out of|allocate) memory", str(error)) is not None
 
 
-def _one_line(error: Exception) -> str | None:
-    """What to tell the user about an error; None if it is a bug, which keeps its traceback."""
-    name = Path(sys.argv[0]).name
-    if isinstance(error, InputError):
-        return f"{name}: {' '.join(str(error).split())}"
-    if isinstance(error, OSError):
-        where, reason = error.filename or f"{name}: its output", (error.strerror or str(error)).lower()
-        return f"{where}: {reason}; change its permissions, make room or choose another"
-    if out_of_memory(error):
-        reason = str(error).split("\n")[0][:200]
-        return f"{name}: out of memory ({reason}); use smaller micro-batches or a smaller model"
-    return None
-
-
 def run_command(main: Callable[[], None]) -> None:
     """Runs a command's main function and exits: 0, or 2 with one line on stderr, or 130 after Ctrl-C.
 
-    With several processes, each exits at once and skips the interpreter's tear-down: a thread of the process group that
-    frees a tensor during it would abort the process (github.com/pytorch/pytorch/issues/190489).
+    An error that is a bug keeps its traceback. With several processes, each exits at once and skips the interpreter's
+    tear-down: a thread of the process group that frees a tensor during it would abort the process
+    (github.com/pytorch/pytorch/issues/190489).
     """
-    status = 0
+    name, status = Path(sys.argv[0]).name, 0
     for stream in (sys.stdout, sys.stderr):  # an ASCII terminal or log gets \u escapes instead of a traceback
         stream.reconfigure(errors="backslashreplace")
     try:
@@ -72,10 +59,18 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         status = 130
     except Exception as error:
-        if (line := _one_line(error)) is None:
+        if isinstance(error, InputError):
+            line = f"{name}: {' '.join(str(error).split())}"
+        elif isinstance(error, OSError):
+            where, reason = error.filename or f"{name}: its output", (error.strerror or str(error)).lower()
+            line = f"{where}: {reason}; change its permissions, make room or choose another"
+            if error.filename is None:  # stdout is gone: drop what is still buffered
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        elif out_of_memory(error):
+            reason = str(error).split("\n")[0][:200]
+            line = f"{name}: out of memory ({reason}); use smaller micro-batches or a smaller model"
+        else:
             raise
-        if isinstance(error, OSError) and error.filename is None:  # stdout is gone: drop what is still buffered
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         status = 2
         if isinstance(error, BrokenPipeError):  # the reader of the output, such as `head`, has quit
             status = 128 + signal.SIGPIPE

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from cli import InputError, run_command, say
 from objectives import ORDER, sample_rng
 from text import LAYOUT, Document, find_text, print_text, read_documents, text_lines
-from tokenizer import SpecialIds, adopt_tokenizer, load_tokenizer, read_tokenizer, train_tokenizer
+from tokenizer import SpecialIds, adopt_tokenizer, load_tokenizer, train_tokenizer
 
 HERE = Path(__file__).resolve().parent
 SAMPLE_TEXT, SAMPLE_DATA = HERE / "sample" / "text", HERE / "sample" / "data"  # the embedded corpus, and its shards
@@ -183,7 +183,7 @@ def _open_folder(data_dir: Path, given: Path | None, train: Callable[[], bytes])
     if any(path.suffix != ".tmp" for path in data_dir.iterdir()) and not (given and there.exists()):
         remedy = f"to continue it or add languages, give --tokenizer {there}" if there.exists() else "name another"
         raise InputError(f"{data_dir}: not empty; {remedy}")
-    model = adopt_tokenizer(read_tokenizer(given), given) if given else train()
+    model = adopt_tokenizer(given.read_bytes(), given) if given else train()
     if not there.exists():
         _write_whole(there, model)
     if there.read_bytes() != model:
@@ -319,7 +319,7 @@ class TokenData:
             names = ", ".join(x for x in meta if not meta[x]) or "every language"
             raise InputError(f"{folder}: not finished: {names}; {AGAIN.format(folder)}, or remove their <lang>.json")
         self.languages, self.seq_len, self.seed = list(meta), seq_len, seed
-        self.tokenizer_model = model = read_tokenizer(path)
+        self.tokenizer_model = model = path.read_bytes()
         self.tokenizer = load_tokenizer(model, path)
         self.ids = SpecialIds(self.tokenizer.vocab_size())
         tokens = lambda split: {x: _Tokens(folder, x, meta[x][split], model, self.ids.vocab_size) for x in meta}

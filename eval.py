@@ -63,13 +63,6 @@ def show(tokenizer: SentencePieceProcessor, tokens: list[int]) -> str:
     return " ".join(text)
 
 
-def rebuild(model: nn.Module, src: Tensor, beams: int) -> list[int]:  # [1, S] -> [T]
-    """What a seq2seq model makes of a source, by greedy or beam search."""
-    max_new = 2 * src.shape[1] + 10  # a clean row is a fifth longer than its source: twice leaves room
-    special = dict(bos=SpecialIds.bos, eos=SpecialIds.eos, pad=SpecialIds.pad)
-    return generate(model, src, **special, max_new=max_new, beams=beams)[0].tolist()
-
-
 # The evaluations ---------------------------------------------------------------------------------------------------
 
 
@@ -118,7 +111,7 @@ def print_sample(model: nn.Module, data: TokenData, language: str, objective: tr
         asked = torch.from_numpy(example["labels"] != trainer.IGNORE)
         repaired = torch.where(asked, best.cpu(), src[0].cpu()).tolist()
     else:
-        repaired = rebuild(model, src, beams)[: len(row)]  # a row has no end to stop at
+        repaired = generate(model, src, beams=beams)[0, : len(row)].tolist()  # a row has no end to stop at
     print()
     for title, tokens in (("given", src[0].tolist()), ("model", repaired), ("text", row.tolist())):
         print(f"{language} {title:5}  {show(data.tokenizer, tokens)}")
@@ -151,7 +144,7 @@ def print_fill(args: argparse.Namespace) -> None:
 def print_generated(args: argparse.Namespace) -> None:
     """What a seq2seq model makes of a sentence."""
     model, tokenizer, src = open_sentence(args, "seq2seq")
-    print(show(tokenizer, rebuild(model, src, args.beams)))
+    print(show(tokenizer, generate(model, src, beams=args.beams)[0].tolist()))
 
 
 def print_cost(args: argparse.Namespace) -> None:

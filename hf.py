@@ -20,7 +20,7 @@ import model as model_code
 from checkpoint import MODELS, as_checkpoint, load_model
 from cli import InputError
 from model import ModelConfig
-from tokenizer import SpecialIds, load_tokenizer, read_tokenizer
+from tokenizer import SpecialIds, load_tokenizer
 
 try:
     import transformers
@@ -264,7 +264,7 @@ def from_hf(folder: Path) -> dict:
     """
     family, cfg, history = _read_config(folder)
     path = folder / "tokenizer.model"
-    tokenizer = read_tokenizer(path)
+    tokenizer = path.read_bytes()
     vocab_size = load_tokenizer(tokenizer, path).vocab_size()
     if cfg.vocab_size != vocab_size:
         raise InputError(f"{folder}: {cfg.vocab_size} embeddings, but {vocab_size} pieces in its tokenizer.model")

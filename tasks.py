@@ -159,11 +159,11 @@ class Writer:
     """A seq2seq model for parse or summ, and the examples that train it."""
 
     def __init__(self, job: Job, model: nn.Module):
-        self.job, self.model, ids = job, model, job.ids
+        self.job, self.model = job, model
         self.examples = [self.encode(item) for item in job.train]
         self.lengths = [len(x["src"]) + len(x["tgt_out"]) for x in self.examples]
         max_new = max(len(x["tgt_out"]) for x in self.examples) + 10
-        self.generate = partial(generate, model, bos=ids.bos, eos=ids.eos, pad=ids.pad, max_new=max_new)
+        self.generate = partial(generate, model, max_new=max_new)
 
     def encode(self, item: Item) -> trainer.Example:
         """Source and target as the model reads them, both closed by </s> and cut to its positions."""

@@ -81,14 +81,6 @@ def train_tokenizer(text: dict[str, list[Path]], vocab_size: int, seed: int, tex
     return model.getvalue()
 
 
-def read_tokenizer(path: Path) -> bytes:
-    """The bytes of a tokenizer.model. Raises InputError if it cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); name a tokenizer.model") from None
-
-
 def _unigram_model(model: bytes, name: object) -> tuple[spm.SentencePieceProcessor, list[str]]:
     """The tokenizer and its pieces. Raises InputError, naming `name`, unless it is a SentencePiece unigram model."""
     tokenizer = spm.SentencePieceProcessor()

@@ -42,7 +42,7 @@ def main() -> None:
         what = f"--mask-prob {mask_prob}, or {SCORED.mask_prob} of held-out rows,"
         raise InputError(f"{what} of --seq-len {seq_len} masks nothing; raise it")
     objective, scored = (encoder_objective(run.data.ids, cfg) for cfg in (run.objective, SCORED))
-    trainer.fit(run, trainer.new_model(run), objective, scored=scored)
+    trainer.fit(run, objective, scored=scored)
 
 
 if __name__ == "__main__":

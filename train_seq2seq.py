@@ -69,7 +69,7 @@ def main() -> None:
     objective, scored = (seq2seq_objective(run.data.ids, x) for x in (cfg, replace(cfg, clm_fraction=0.0)))
     thaw = round(cfg.unfreeze_at * run.train.begun_steps, 6)  # 0.55 * 100 is slightly more than 55 in floating point
     frozen = lambda step: step < thaw or cfg.unfreeze_at == 1  # 1 also holds for an extended run
-    trainer.fit(run, trainer.new_model(run), objective, frozen, scored)
+    trainer.fit(run, objective, frozen, scored)
 
 
 if __name__ == "__main__":

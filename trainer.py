@@ -79,18 +79,6 @@ def start(description: str, kind: str, objective: type) -> Run:
     return run
 
 
-def new_model(run: Run) -> nn.Module:
-    """The run's model with its initial weights: random ones from the seed, and with --init that checkpoint's.
-
-    Raises InputError if the checkpoint's weights do not fit.
-    """
-    torch.manual_seed(run.train.seed)
-    model = MODELS[run.kind](run.model)
-    if run.init:
-        warm_start(model, run.settings["init"], run.init.pop("weights"))
-    return model
-
-
 # Processes and devices ---------------------------------------------------------------------------------------------
 
 
@@ -264,17 +252,19 @@ def held_out_loss(
 # The loop ----------------------------------------------------------------------------------------------------------
 
 
-def fit(
-    run: Run, model: nn.Module, objective: Objective, frozen: Frozen = lambda _: False, scored: Objective | None = None
-) -> None:
-    """Trains the model by the run's settings and writes its checkpoint. Held-out losses are of `scored`, if given.
+def fit(run: Run, objective: Objective, frozen: Frozen = lambda _: False, scored: Objective | None = None) -> None:
+    """Trains the run's model by its settings and writes its checkpoint. Held-out losses are of `scored`, if given.
 
-    SIGTERM, SIGUSR1 and the end of torchrun end it after the next whole update, with a checkpoint to resume from.
-    Raises InputError when the run cannot go on: another run writes there, the loss is no longer a number, another
-    process is gone.
+    The model starts from random weights of the seed, and with --init from that checkpoint's. SIGTERM, SIGUSR1 and the
+    end of torchrun end the run after the next whole update, with a checkpoint to resume from. Raises InputError when it
+    cannot go on: --init does not fit, another run writes there, the loss is no longer a number, a process is gone.
     """
     if run.train.batch_size % world():
         raise InputError(f"--batch-size {run.train.batch_size}: not a multiple of the {world()} processes; change it")
+    torch.manual_seed(run.train.seed)
+    model = MODELS[run.kind](run.model)
+    if run.init:
+        warm_start(model, run.settings["init"], run.init.pop("weights"))
     signals, parent, under_torchrun = [], os.getppid(), "TORCHELASTIC_RUN_ID" in os.environ
     before = {number: signal.signal(number, lambda n, _: signals.append(n)) for number in STOP_SIGNALS}
 

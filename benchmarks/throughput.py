@@ -180,7 +180,8 @@ def searcher(o: dict) -> Callable[[], None]:
         return lambda: products(ours, o["rows"] * o["beams"], src.shape[1], o["new"])
     if o["who"] == "ours":  # an end that never comes: both make all tokens
         trainer.keep_memory()
-        return lambda: generate(ours, src, bos=ids.bos, eos=-1, pad=ids.pad, max_new=o["new"], beams=o["beams"])
+        sys.modules[generate.__module__].EOS = -1
+        return lambda: generate(ours, src, max_new=o["new"], beams=o["beams"])
     model = hf_model(ours).eval().to(trainer.device(), dtype)
     options = dict(max_new_tokens=o["new"], min_new_tokens=o["new"], num_beams=o["beams"], do_sample=False)
     options |= dict(decoder_start_token_id=ids.bos, early_stopping=False)

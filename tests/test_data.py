@@ -378,7 +378,7 @@ def test_another_tokenizer_than_the_folders_is_refused(text_dir, data_dir, tmp_p
         (["text", "out", "--valid-fraction", "1"], "--valid-fraction must be at least 0 and below 1"),
         (["text", "out", "--seed", "-1"], "--seed from 0 to 2**64 - 1"),
         (["text", "full/precious/out"], "full/precious/out: not a directory; "),
-        (["text", "out", "--tokenizer", "nowhere"], "nowhere: cannot be read (No such file"),
+        (["text", "out", "--tokenizer", "nowhere"], "nowhere: no such file or directory"),
         (["text", "out", "--vocab-size", "lots"], "--vocab-size"),
         (["twice", "out"], "twice/en.txt and en.txt.gz: the same file, packed and unpacked; remove one"),
         (["text", "out", "--vocab-size", "900000"], "--vocab-size 900000 does not fit this text"),

@@ -13,6 +13,7 @@ from generate import generate
 from model import (
     IGNORE,
     Fusion,
+    KeyValues,
     MaskedLM,
     ModelConfig,
     ProjectionLoss,
@@ -274,16 +275,27 @@ def test_the_decoder_does_not_look_ahead_and_the_encoder_does(positions):
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
-@pytest.mark.parametrize("n_decoder_layers", [1, 3])
+@pytest.mark.parametrize("n_decoder_layers, fusion", [(1, False), (3, False), (2, True)])
+def test_the_cache_changes_no_vector(positions, n_decoder_layers, fusion):
+    model = seq2seq(positions=positions, n_decoder_layers=n_decoder_layers, fusion=fusion)
+    src, mask = torch.randint(6, 120, (4, 9)), torch.arange(9) < torch.tensor([9, 3, 6, 1])[:, None]
+    tgt_in, enc_out = torch.randint(6, 120, (4, 12)), model.encode(src, mask)
+    cache = [(KeyValues(), KeyValues()) for _ in model.decoder.blocks]
+    one_by_one = [model.decode(token, enc_out, mask, cache) for token in tgt_in.split(1, 1)]
+    torch.testing.assert_close(torch.cat(one_by_one, 1), model.decode(tgt_in, enc_out, mask))
+    tokens = torch.full((4, 1), BOS)  # nor any token: greedy search without a cache
+    for _ in range(12):
+        best = (model.decode(tokens, enc_out, mask)[:, -1] @ model.embed.weight.T).argmax(-1)
+        tokens = torch.cat([tokens, best.masked_fill((tokens == EOS).any(1), PAD)[:, None]], 1)
+    assert torch.equal(generate(model, src, mask, max_new=12), tokens[:, 1:])
+
+
 @pytest.mark.parametrize("beams", [1, 2, 5])
-def test_the_cache_changes_no_token(positions, n_decoder_layers, beams):
-    model = seq2seq(positions=positions, n_decoder_layers=n_decoder_layers)
-    lengths = torch.tensor([9, 3, 6, 1])
+def test_company_in_the_batch_changes_no_token(beams):
+    model, lengths = seq2seq(), torch.tensor([9, 3, 6, 1])
     src, mask = torch.randint(6, 120, (4, 9)), torch.arange(9) < lengths[:, None]
-    options = dict(bos=BOS, eos=EOS, pad=PAD, max_new=20, beams=beams)
-    cached = generate(model, src, mask, **options)
-    assert torch.equal(cached, generate(model, src, mask, **options, use_cache=False))
-    for row, length, out in zip(src, lengths, cached):  # nor does company in the batch
+    options = dict(max_new=20, beams=beams)
+    for row, length, out in zip(src, lengths, generate(model, src, mask, **options)):
         alone = generate(model, row[None, :length], **options)[0]
         assert torch.equal(F.pad(alone, (0, len(out) - len(alone)), value=PAD), out)
 
@@ -291,7 +303,7 @@ def test_the_cache_changes_no_token(positions, n_decoder_layers, beams):
 def test_generation_ends_at_eos_and_pads():
     model = seq2seq()
     model.embed.weight.data[EOS] *= 3  # make the end likely
-    out = generate(model, torch.randint(6, 120, (16, 9)), bos=BOS, eos=EOS, pad=PAD, max_new=20)
+    out = generate(model, torch.randint(6, 120, (16, 9)), max_new=20)
     ended = 0
     for row in out.tolist():
         if EOS in row:
@@ -304,7 +316,7 @@ def test_a_model_that_writes_padding_alone():
     model = seq2seq()
     model.embed.weight.data[PAD] = 100 * model.decode(torch.tensor([[BOS]]), torch.zeros(1, 3, 32))[0, 0].detach()
     for beams in (1, 3):
-        out = generate(model, torch.randint(6, 120, (2, 9)), bos=BOS, eos=EOS, pad=PAD, max_new=5, beams=beams)
+        out = generate(model, torch.randint(6, 120, (2, 9)), max_new=5, beams=beams)
         assert out.shape[1] and (out == PAD).all()
 
 
@@ -313,7 +325,7 @@ def test_a_wide_beam_finds_the_best_of_all_sequences(length_penalty):
     """With as many beams as there are prefixes, beam search is exhaustive: compare with trying everything."""
     model = seq2seq(vocab_size=5, n_heads=2)
     src = torch.tensor([[3, 4, 3], [4, 4, 4]])
-    options = dict(bos=BOS, eos=EOS, pad=PAD, max_new=3)
+    options = dict(max_new=3)
     out = generate(model, src, **options, beams=64, length_penalty=length_penalty)
     for row, found in zip(src, out.tolist()):
         best, best_score = None, -math.inf
@@ -414,13 +426,3 @@ def test_fusion_adds_under_a_ten_thousandth_at_paper_scale():
         cfg = ModelConfig(150_000, **PRESETS["paper"], max_len=512, fusion=True)
         added, whole = (sum(p.numel() for p in m.parameters()) for m in (Fusion(cfg), Seq2Seq(cfg)))
     assert added == 3 * 1024 and 500e6 < whole < 510e6 and added / whole < 1e-4
-
-
-def test_generation_over_fused_layers_with_and_without_cache():
-    model, src = seq2seq(fusion=True), torch.randint(6, 120, (3, 7))
-    for beams in (1, 3):
-        a, b = (
-            generate(model, src, bos=BOS, eos=EOS, pad=PAD, max_new=10, beams=beams, use_cache=cache)
-            for cache in (True, False)
-        )
-        assert torch.equal(a, b)

@@ -467,8 +467,7 @@ def test_the_frozen_share_is_no_update_longer(monkeypatch, share, steps, expecte
     run.model, run.train = ModelConfig(106, max_len=128, n_decoder_layers=1), TrainConfig(steps=steps)
     run.data = SimpleNamespace(ids=None)
     monkeypatch.setattr(trainer, "start", lambda *_: run)
-    monkeypatch.setattr(trainer, "new_model", lambda _: None)
-    monkeypatch.setattr(trainer, "fit", lambda *run: found.append(sum(map(run[3], range(steps)))))
+    monkeypatch.setattr(trainer, "fit", lambda *run: found.append(sum(map(run[2], range(steps)))))
     found = []
     train_seq2seq.main()
     assert found == [expected]
