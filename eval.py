@@ -91,9 +91,8 @@ def print_losses(args: argparse.Namespace) -> None:
         entropy = entropies[language]
         print(f"{language:8} {data.n_valid_rows(language):6} {loss:6.3f} {perplexity:11.1f} {entropy:16.3f}")
         if args.out:
-            numbers = {"task": "loss", "language": language, "loss": loss, "unigram_entropy": entropy}
-            numbers["items"] = data.n_valid_rows(language)
-            append_json(args.out, about | numbers)
+            numbers = {"loss": loss, "unigram_entropy": entropy, "items": data.n_valid_rows(language)}
+            append_json(args.out, about | {"task": "loss", "language": language} | numbers)
     mean, entropy = (sum(x.values()) / len(x) for x in (losses, entropies))
     print(f"mean            {mean:6.3f} {'':11} {entropy:16.3f}")
     for language in [] if args.task else languages:

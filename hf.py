@@ -263,7 +263,8 @@ def from_hf(folder: Path) -> dict:
     Raises InputError for any other folder, naming what differs.
     """
     family, cfg, history = _read_config(folder)
-    path = folder / "tokenizer.model"
+    if not (path := folder / "tokenizer.model").exists():
+        raise InputError(f"{path}: no such file; copy the one of the exported folder, or of the data folder, there")
     tokenizer = path.read_bytes()
     vocab_size = load_tokenizer(tokenizer, path).vocab_size()
     if cfg.vocab_size != vocab_size:
