@@ -254,9 +254,10 @@ def plot_pairs(results: list[dict], out: Path) -> bool:
         return False
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for name, points in sorted(runs.items()):
+    for i, (name, points) in enumerate(sorted(runs.items())):
+        marker = "sDv"[i // 10 % 3]  # there are ten colours
         means = [statistics.mean(by_run(points[flops])) for flops in sorted(points)]
-        axes.plot(sorted(points), means, "o--" if name == "both from scratch" else "s", label=name)
+        axes.plot(sorted(points), means, "o--" if name == "both from scratch" else marker, label=name)
     axes.set(xlabel="FLOPs of the encoder and the seq2seq model", ylabel="held-out loss of the seq2seq model, nats")
     axes.legend(fontsize="small")
     figure.savefig(out / "pairs.png", dpi=120)
