@@ -67,9 +67,9 @@ def make_optimizers(model: nn.Module, cfg: TrainConfig, muon_dtype: torch.dtype)
 
 
 def rate(step: int, cfg: TrainConfig) -> float:
-    """Learning rate of a step as a share of its peak: a linear rise, then a linear fall to 5 % at the last step.
+    """Learning rate of a step as a share of its peak: a linear rise, later a linear fall to 5 % at the last step.
 
-    With the schedule wsd (warmup, stable, decay: Hu et al. 2024) the fall begins at 80 % of the steps.
+    The fall begins at 80 % of the steps (wsd: warmup, stable, decay; Hu et al. 2024), or at once (linear).
     """
     rise = cfg.warmup * cfg.begun_steps
     if step < rise:

@@ -19,7 +19,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden.json"
 SHAPE = "--d-model 32 --n-heads 2 --d-ff 64 --encoder-layers 2 --dropout 0.1"
-ROWS = "--batch-size 8 --seq-len 32 --dtype fp32 --log-every 1 --eval-every 3 --save-every 3"
+ROWS = "--batch-size 8 --seq-len 32 --dtype fp32 --log-every 1 --eval-every 3 --save-every 3 --schedule linear"
 RUNS = {  # name of the checkpoint -> script and flags, or the number of the processes before them
     "enc": f"train_encoder.py {SHAPE} --steps 6 --mask-prob 0.15",
     "adamw": f"train_encoder.py {SHAPE} --steps 6 --mask-prob 0.15 --optimizer adamw --positions learned "

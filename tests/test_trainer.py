@@ -302,12 +302,13 @@ def test_ledger_of_a_run_adds_up(command, data_dir, encoder, tmp_path):
 # Parts -------------------------------------------------------------------------------------------------------------
 
 
-def test_rate_rises_and_falls_to_a_twentieth():
-    cfg = TrainConfig(steps=1000, warmup=0.1)
+@pytest.mark.parametrize("schedule, fall", [("linear", 100), ("wsd", 800)])
+def test_rate_rises_and_falls_to_a_twentieth(schedule, fall):
+    cfg = TrainConfig(steps=1000, warmup=0.1, schedule=schedule)
     rates = [rate(step, cfg) for step in range(1000)]
-    assert max(rates) == rates[100] == 1 and rates[-1] == pytest.approx(0.05)
-    assert np.diff(rates[:101]).min() > 0 and np.diff(rates[100:]).max() < 0
-    assert 0 < rates[0] < 0.02 and np.ptp(np.diff(rates[100:])) < 1e-12
+    assert max(rates) == min(rates[100 : fall + 1]) == 1 and rates[-1] == pytest.approx(0.05)
+    assert np.diff(rates[:101]).min() > 0 and np.diff(rates[fall:]).max() < 0
+    assert 0 < rates[0] < 0.02 and np.ptp(np.diff(rates[fall:])) < 1e-12
 
 
 def test_only_matrices_decay_and_muon_gets_the_blocks():
@@ -573,7 +574,7 @@ def test_the_same_command_starts_continues_and_extends_a_run(command, data_dir, 
 
 
 def test_shares_of_the_steps_are_of_those_that_a_run_began_with():
-    cfg = TrainConfig(steps=200, first_steps=100, warmup=0.1, schedule="wsd")
+    cfg = TrainConfig(steps=200, first_steps=100, warmup=0.1)
     rates = [rate(step, cfg) for step in range(200)]
     assert rates.index(1) == 10 and rates[10:161] == [1] * 151 and rates[161] < 1 and rates[-1] == pytest.approx(0.05)
 
