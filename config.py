@@ -44,7 +44,7 @@ class TrainConfig:
     muon_lr: float = flag(0.02, "peak learning rate of Muon", least=0)
     optimizer: str = flag("muon", "what trains the blocks' matrices; AdamW trains the rest", choices=("muon", "adamw"))
     warmup: float = flag(0.02, "share of the steps over which the learning rate rises from 0", least=0, most=1)
-    schedule: str = flag("wsd", "how the rate falls: wsd in the last fifth only, linear throughout", choices=("wsd", "linear"))
+    schedule: str = flag("wsd", "how the rate falls; wsd: in the last fifth only", choices=("wsd", "linear"))
     weight_decay: float = flag(0.1, "decoupled weight decay, for matrices only", least=0)
     alpha: float = flag(0.5, "languages are sampled in proportion to tokens ** alpha", least=0, most=1)
     seed: int = flag(0, "seed for rows, noise, initial weights and dropout", least=0, below=1 << 64)
