@@ -257,11 +257,13 @@ def fetching(o: dict, rounds: int) -> float:
 
 BASE = dict(preset="tiny", vocab=16000, rows=32, length=128, dropout=0.0, compile=False, frozen=False)
 BASE |= dict(positions="rotary")
+# Where a processor has no bf16, trainer.py falls back to fp32: nothing else to time.
+DTYPES = ("fp32",) if trainer.product_dtype("bf16") == torch.float32 else ("bf16", "fp32")
 
 
 def training(task: str, rounds: int, **more) -> None:
     """A line for each contender in each dtype."""
-    for dtype in ("bf16", "fp32"):
+    for dtype in DTYPES:
         o = BASE | dict(task=task, dtype=dtype, **more)
         who = ["ours", "transformers", "nn.Transformer"]
         if not more:
@@ -283,7 +285,7 @@ def training(task: str, rounds: int, **more) -> None:
 
 def positions(rounds: int) -> None:
     """What the rotation of queries and keys costs: an update beside one with learned positions."""
-    for preset, task, dtype in itertools.product(("tiny", "small"), ("mlm", "denoise"), ("bf16", "fp32")):
+    for preset, task, dtype in itertools.product(("tiny", "small"), ("mlm", "denoise"), DTYPES):
         o = BASE | dict(task=task, who="ours", dtype=dtype, preset=preset)
         (a, _), (b, _) = take_turns([o, o | {"positions": "learned"}], rounds, 3 if preset == "tiny" else 1)
         print(f"{task}, {preset}, {dtype}: rotary {a:.3f} s, learned {b:.3f} s an update: {a / b:.3f}", flush=True)
@@ -291,14 +293,14 @@ def positions(rounds: int) -> None:
 
 def frozen(rounds: int) -> None:
     """The second stage, its encoder frozen and not."""
-    for dtype in ("bf16", "fp32"):
+    for dtype in DTYPES:
         o = BASE | dict(task="denoise", who="ours", dtype=dtype)
         (a, _), (b, _) = take_turns([o | {"frozen": True}, o], rounds, 3)
         print(f"second stage, tiny, {dtype}: frozen {a:.3f} s, unfrozen {b:.3f} s an update: {a / b:.2f}", flush=True)
 
 
 def generation(rounds: int) -> None:
-    for dtype, (beams, new) in itertools.product(("bf16", "fp32"), ((1, 256), (4, 64))):
+    for dtype, (beams, new) in itertools.product(DTYPES, ((1, 256), (4, 64))):
         o = BASE | dict(task="generate", beams=beams, new=new, dtype=dtype)
         found = take_turns([o | {"who": who} for who in ("ours", "products", "transformers")], rounds, 1)
         speeds = [o["rows"] * new / seconds for seconds, _ in found]
@@ -501,7 +503,7 @@ def vocabulary(rounds: int) -> None:
     """Peak memory of the de-noising update against vocabulary and rows."""
     for vocab in (16_000, 150_000):
         for rows in (8, 32):
-            options = BASE | dict(task="denoise", vocab=vocab, rows=rows, dtype="bf16")
+            options = BASE | dict(task="denoise", vocab=vocab, rows=rows, dtype=DTYPES[0])
             who = ("ours", "transformers")
             found = take_turns([options | {"who": x} for x in who], 1, 1)
             figures = [f"{x} {memory / 2**20:,.0f} MB, {seconds:.2f} s" for x, (seconds, memory) in zip(who, found)]
@@ -541,8 +543,8 @@ def main() -> None:
         return
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     print(f"torch {torch.__version__}, {name}, {args.rounds} rounds")
-    if trainer.product_dtype("bf16") == torch.float32:
-        print("this processor has no bf16: products in lines named bf16 are in fp32, except for generation")
+    if DTYPES == ("fp32",):
+        print("this processor has no bf16: everything is in fp32")
     for part in args.only or PARTS:
         PARTS[part](args.rounds)
 
