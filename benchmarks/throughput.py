@@ -421,14 +421,14 @@ def first_step(rounds: int) -> None:
             line = [sys.executable, str(ROOT / "train_encoder.py"), "--data", "D", "--steps", "20", "--batch-size", "8"]
             began = time.perf_counter()
             process = subprocess.Popen(line, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            first = process.stdout.readline()
+            next(line for line in process.stdout if line.startswith("step 0:"))
             seconds = time.perf_counter() - began
             with open(f"/proc/{process.pid}/status") as file:
                 memory = next(int(x.split()[1]) for x in file if x.startswith("VmHWM")) / 1024
             process.kill()
             process.wait()
             print(
-                f"{size / 1e9:5.2f} GB of shards: {seconds:.1f} s to {first.split(':')[0]!r}, {memory:,.0f} MB",
+                f"{size / 1e9:5.2f} GB of shards: {seconds:.1f} s to the first update, {memory:,.0f} MB",
                 flush=True,
             )
 
