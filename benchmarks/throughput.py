@@ -452,7 +452,7 @@ def stream(rounds: int) -> None:
                     objective(rows.row(i), sample_rng(0, 0, i))
                 costs.setdefault(size, []).append((time.perf_counter() - began) / 6400)
     medians = {size: statistics.median(seconds[1:]) for size, seconds in costs.items()}
-    ((update, _),) = take_turns([BASE | dict(task="mlm", who="ours", dtype="bf16")], rounds, 3)
+    ((update, _),) = take_turns([BASE | dict(task="mlm", who="ours", dtype=DTYPES[0])], rounds, 3)
     for size, seconds in medians.items():
         print(
             f"{size / 1e9:5.2f} GB of shards: {1 / seconds:,.0f} masked rows of 128 a second, "
