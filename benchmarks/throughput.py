@@ -420,8 +420,9 @@ def first_step(rounds: int) -> None:
             grown_data(folder, size, fill=False)
             line = [sys.executable, str(ROOT / "train_encoder.py"), "--data", "D", "--steps", "20", "--batch-size", "8"]
             began = time.perf_counter()
-            process = subprocess.Popen(line, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            next(line for line in process.stdout if line.startswith("step 0:"))
+            process = subprocess.Popen(line, cwd=folder, stdout=subprocess.PIPE, text=True)
+            if not any(said.startswith("step 0:") for said in process.stdout):
+                sys.exit("first-step: the training command ended before its first update; above is why")
             seconds = time.perf_counter() - began
             with open(f"/proc/{process.pid}/status") as file:
                 memory = next(int(x.split()[1]) for x in file if x.startswith("VmHWM")) / 1024
