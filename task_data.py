@@ -37,9 +37,10 @@ IN_CSV = re.compile(r'"([^"]|"")*""([^"]|"")*"')  # a field with quotes in it, a
 # If two files share a name, the first of these is read.
 FORMATS = (*CONLL, ".bio", ".parquet", ".jsonl", ".ndjson", ".json", ".tsv", ".txt", "")
 NEEDED = "columns must be separated by tabs and have labels (XTREME's test files have none); use another file"
-CODE = "[A-Za-z]{2,3}(?:[-_][A-Za-z]{2,})*"  # of a language: en, EN, gsw, zh-classical
+MORE = r"(?:[-_](?:[A-Za-z]{2,}|[1-9]\d\d))*"  # of a code: zh-Hans, es-419; not -000 of a part
+CODE = "[A-Za-z]{2,3}" + MORE  # of a language: en, EN, gsw, zh-classical
 NAME = re.compile(
-    rf"((?P<ud>[a-z]+)_\w+-ud-|(?P<first>{CODE})\.|(?P<xlsum>[a-z_]+)_(?=[a-z]+\.jsonl)|.*[-_.])?"
+    rf"((?P<ud>[a-z]+)_\w+-ud-|(?P<first>{CODE})\.|(?P<before>[a-z]{{2}}{MORE}|[a-z_]+(?=_[a-z]+\.jsonl))[-_]|.*[-_.])?"
     rf"(?P<split>train|dev|valid|validation|val|eval|test)([-_.](?P<last>{CODE})\.\w+|[-_.].*)?"
 )
 
@@ -234,9 +235,10 @@ def find_splits(task: str, folder: Path, train_language: str) -> dict[str, dict[
         if not match or unpacked(path).suffix not in FORMATS or parent == "all_languages":  # in XNLI on the hub
             others.append(str(path.relative_to(folder)))
             continue
-        code = (match["ud"] or match["first"] or match["last"] or "").lower()
+        code = match["ud"] or match["first"] or match["last"] or ""
+        code = code.lower() if code.isupper() else code
         no_language = path.parent == folder or re.fullmatch(r"data|(?![a-z]{2,3}-\d{3}$).*\d.*", parent)
-        languages = {code or ("" if no_language else parent) or match["xlsum"] or ""} - {""}
+        languages = {code or ("" if no_language else parent) or match["before"] or ""} - {""}
         if not languages and task == "nli":
             languages = {record.get("language") for _, record in records(task, path)} - {None}
         if not languages:
@@ -265,7 +267,7 @@ def read_files(task: str, files: list[Path], language: str) -> list[Item]:
         for what, n in (+notes).items():
             print(f"{path}: {n:,} {what}")
     if not items:
-        raise InputError(f"{files[0]}: nothing in it; leave the language out")
+        raise InputError(f"{files[0]}: nothing in it; fill it or leave the language out")
     return items
 
 

@@ -66,6 +66,9 @@ def test_the_table_of_layouts():
         ("english/english_test.jsonl", "test", "english"),
         ("data/test-00000-of-00003.parquet", "test", "xx"), ("train.jsonl", "train", "xx"),
         ("multinli_1.0/multinli_1.0_dev_matched.txt", "dev", "xx"),
+        ("test-es-419.tsv", "test", "es-419"), ("es-419.test.conll", "test", "es-419"),
+        ("test-zh-Hans.tsv", "test", "zh-Hans"), ("de-test.tsv", "test", "de"), ("de_test.tsv", "test", "de"),
+        ("pt_BR_test.jsonl", "test", "pt_BR"), ("ner-test.tsv", "test", "xx"), ("en/de-test.tsv", "test", "en"),
     ],
 )  # fmt: skip
 def test_splits_and_languages_by_file_name(tmp_path, name, split, language):
@@ -156,7 +159,7 @@ def test_a_file_packed_and_not(tmp_path):
 @pytest.mark.parametrize(
     "task, name, text, complaint",
     [
-        ("pos", "a.conllu", "", "a.conllu: nothing in it; leave the language out"),
+        ("pos", "a.conllu", "", "a.conllu: nothing in it; fill it or leave the language out"),
         ("pos", "a.conllu", "1\tx\t_\n", "a.conllu:1: not number, word, lemma or intent, tag"),
         ("pos", "a.conllu", "1\tx\t_\tX\n\n# a\nx\tX\t_\tX\n", "a.conllu:4: not number, word"),
         ("pos", "a.conllu", "1\tx\t_\t_\n", "a.conllu: nothing in it"),
