@@ -2,7 +2,8 @@
 
 python recipes/report.py runs/mini/results.jsonl --out REPORT    # one or more files
 
-A model is known by its checkpoint's file name: results under one name in two files are two runs of one model.
+A model is known by its checkpoint's file name: results under one name in two files, folders or from two pre-training
+seeds are several runs of one model.
 """
 
 import argparse
@@ -54,7 +55,7 @@ def read_results(paths: list[Path]) -> list[dict]:
                 # A model from elsewhere has no history, an extracted encoder's last stage no settings.
                 settings = history[-1].get("settings", {}) if history else {}
                 result["row"] = Path(result["checkpoint"]).stem
-                result["model"] = f"{path}:{os.path.abspath(result['checkpoint'])}"
+                result["model"] = f"{path}, seed {settings.get('seed')}: {os.path.abspath(result['checkpoint'])}"
                 result["run"] = f"{result['model']}:{result.get('seed')}"
                 result["flops"] = sum(stage["flops"] for stage in history)
                 result |= {"unfreeze_at": settings.get("unfreeze_at"), "pretrained": settings.get("seed")}
@@ -73,7 +74,10 @@ def read_results(paths: list[Path]) -> list[dict]:
                 if value is not None and (before := seen.setdefault((what, name), value)) != value:
                     odd = f"{result['row']} in {what} with {name} {value}, not {before} as before"
                     raise InputError(f"{path}:{number}: {odd}; keep what cannot be compared in a file of its own")
-            found[result["run"], task, result["language"]] = result
+            found.pop(
+                key := (result["run"], task, result["language"]), None
+            )  # so that what is measured last comes last
+            found[key] = result
     if not found:
         names = " ".join(map(str, paths))
         raise InputError(f"{names}: no results in it; eval.py CHECKPOINT --task pos ... --out {paths[0]} adds some")

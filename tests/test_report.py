@@ -122,6 +122,20 @@ def test_a_checkpoint_is_one_whatever_the_way_to_it(command, checkpoints, losses
     assert "| bart-12e12d | 2.00e+09 | - | 2.000 |" in Path("OUT/tables.md").read_text()
 
 
+def test_what_was_measured_last_tells_what_a_model_is(command, checkpoints):
+    old, new = (result("bart-12e12d", unfreeze_at=x, loss=y) for x, y in ((1.0, 4.0), (0.0, 3.0)))
+    parse = {name: value for name, value in old.items() if name != "loss"}
+    parse |= dict(task="parse", train_lang="en", seed=0, scores={"exact match": 9.0})
+    command(report, write("a.jsonl", [old, parse, new]), "--out", "OUT")  # trained further; the loss measured again
+    assert "| bart-12e12d | 2.00e+09 | - | 3.000 |" in Path("OUT/tables.md").read_text()
+
+
+def test_seeds_that_were_measured_in_two_folders_are_two_runs(command, checkpoints):
+    rows = [result("bart-12e12d", pretrained=seed, loss=loss) for seed, loss in ((0, 2.0), (1, 4.0))]
+    command(report, write("a.jsonl", rows), "--out", "OUT")
+    assert "| bart-12e12d | 2.00e+09 | - | 3.000 ± 1.414 |" in Path("OUT/tables.md").read_text()
+
+
 def test_report_of_runs_from_other_seeds_and_the_sweep(command, checkpoints, losses):
     encoder = result("roberta-12e", loss=1.0, kind="encoder", history=[{"stage": "encoder", "flops": 1e9, "steps": 2}])
     again = [result("bart-12e12d", language=x, loss=y) for x, y in (("en", 1.2), ("de", 3.2))]
