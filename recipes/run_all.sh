@@ -27,6 +27,11 @@ mini | midi) HOW="--seeds 3 --n-train 2000" ;;
 gpu | paper) HOW="--seeds 3 --lr 1e-5 3e-5 1e-4" ;;
 esac
 LANGS=$(cd "${DATA:-$CODE/sample/text}" && ls | sed -nE 's/^([^.]+)\.(train.*bin|txt)$/\1/p')
+setting="TASKS=$TASKS TRAIN_LANG=$TRAIN_LANG DATA=${DATA:-} ("$(echo $LANGS)")" # else jobs of another would count as done
+[ "$mode" = --plan ] || [ -e setting ] || echo "$setting" > setting
+[ ! -e setting ] || [ "$setting" = "$(cat setting)" ] || {
+  echo "runs/$SCALE: begun with $(cat setting), not $setting; move it away, or edit the file 'setting' in it" >&2 && exit 2
+}
 declare -A TESTED # task -> the languages of the data folder that have a test set of it, as eval.py finds them
 for task in pos ner slots nli parse summ; do
   TESTED[$task]=$(cd "$CODE" && python -c "import contextlib, pathlib, sys, cli, task_data

@@ -198,6 +198,8 @@ def test_run_all_goes_on_where_it_was_stopped(run_all, tmp_path):
         assert re.match(r"\d+ jobs left, about \d+\.\d hours", left), left
     assert done.stdout.splitlines()[-1].startswith("all done") and left.startswith("0 jobs left")
     assert not run_all()[1]
+    done, commands = run_all(TRAIN_LANG="de")  # the jobs that are done are not these
+    assert done.returncode == 2 and not commands and "begun with TASKS=" in done.stderr
     scored = [line for line in whole if re.search("--task (pos|slots|parse|summ)", line)]
     of_tasks = [name.split(".")[0] in ("pos", "slots", "parse", "summ") for name in names]
     assert len(set(scored)) == sum(of_tasks)
