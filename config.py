@@ -175,7 +175,8 @@ def _resumed(out: Path, newest: Path, state: dict, preset: dict, flags: dict) ->
     stored = state["config"] | state["settings"]
     free = {name: flags.pop(name) for name in FREE_ON_RESUME & flags.keys()}
     if flags.get("steps", 0) > stored["steps"]:
-        free |= {"steps": flags.pop("steps"), "first_steps": stored.get("first_steps") or stored["steps"]}
+        free["steps"] = flags.pop("steps")
+        free["first_steps"] = stored.get("first_steps") or stored["steps"] or free["steps"]  # 0: was initialised only
         extended = f"extended from {stored['steps']:,} to {free['steps']:,} steps"
         say(f"{out}: {extended}; the learning rate follows the longer schedule")
     if out.exists() and state["spent"]["steps"] < stored["steps"] and not stored.get("first_steps"):

@@ -234,6 +234,8 @@ def parse_flags() -> tuple[Callable[[argparse.Namespace], object], argparse.Name
     for name, least in (("beams", 1), ("seeds", 1), ("epochs", 0), ("n_train", 0), ("batch_size", 1)):
         if getattr(args, name) < least:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least {least}")
+    if args.out and args.out.suffix == ".pt":
+        raise InputError(f"--out {args.out}: this is a checkpoint's name, and results are lines of text; use .jsonl")
     for lr in args.lr or []:
         if not 0 < lr < math.inf:
             raise InputError(f"--lr {lr}: it must be positive and finite")

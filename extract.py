@@ -43,6 +43,8 @@ def main() -> None:
     args = parser.parse_args()
     if (args.checkpoint is None) == (args.from_hf is None) or (args.from_hf and args.to_hf):
         raise InputError("name a checkpoint (--to-hf DIR exports it) or --from-hf DIR, not both")
+    if args.to_hf and args.out != out:
+        raise InputError(f"--out {args.out}: --to-hf names the folder that is written; leave --out out")
     if args.to_hf or args.from_hf:
         import hf
     if args.to_hf:

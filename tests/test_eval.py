@@ -182,6 +182,7 @@ def test_without_a_task_it_shows_losses_and_samples(command, checkpoints, capsys
         (["enc.pt", "--seeds", "3"], "--seeds does nothing with --task loss; leave it out"),
         (["enc.pt", "--task", "slots", "--beams", "2"], "--beams does nothing with --task slots"),
         (["enc.pt", "--task", "cost", "--out", "cost.jsonl"], "--out does nothing with --task cost"),
+        (["enc.pt", "--out", "enc.pt"], "--out enc.pt: this is a checkpoint's name"),
     ],
 )
 def test_bad_input_gets_one_line(command, checkpoints, arguments, complaint):

@@ -21,6 +21,7 @@ EITHER = "name a checkpoint (--to-hf DIR exports it) or --from-hf DIR, not both"
         (["--from-hf", "hf", "--out", "enc.pt"], "enc.pt: exists"),
         (["seq2seq.pt", "--out", "no/x.pt"], "no/x.pt: cannot be written (No such file or directory)"),
         (["nowhere.pt", "--to-hf", "hf"], "no such file"),
+        (["enc.pt", "--to-hf", "hf", "--out", "x.pt"], "--out x.pt: --to-hf names the folder"),
     ],
 )
 def test_mistakes_are_refused(command, checkpoints, arguments, complaint):

@@ -573,6 +573,16 @@ def test_the_same_command_starts_continues_and_extends_a_run(command, data_dir, 
     assert "before" not in capsys.readouterr().out  # nobody knows any more what it was
 
 
+def test_a_model_that_was_initialised_is_trained_with_a_pause(command, data_dir, tmp_path):
+    flags = ["--data", data_dir, *SMALL, *ROWS, "--resume"]
+    command(train_encoder, *flags, "--steps", 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.Log, "step", lambda log, step, *_: os.kill(os.getpid(), signal.SIGTERM))
+        command(train_encoder, *flags, "--steps", 3)
+    command(train_encoder, *flags, "--steps", 3)
+    assert load_checkpoint(tmp_path / "enc.pt")["history"][-1]["steps"] == 3
+
+
 def test_shares_of_the_steps_are_of_those_that_a_run_began_with():
     cfg = TrainConfig(steps=200, first_steps=100, warmup=0.1)
     rates = [rate(step, cfg) for step in range(200)]
