@@ -55,6 +55,8 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
         with open(path, "rb") as packed, unpack(packed) as file:
             for number, line in enumerate(file, 1):
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; check its name") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}:{number}: not UTF-8 ({error.reason}); convert the file") from None
     except ImportError:

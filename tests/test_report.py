@@ -46,6 +46,8 @@ def test_report(command, checkpoints, folder, capsys):
     assert table[3][3] == "-" and table[6][3] == f"{sum(of_bart) / 3:.3f}"  # an encoder's loss is of another objective
     assert float(table[2][1]) < float(table[3][1])  # the second stage adds to the first
     assert not (checkpoints / "OUT" / "pairs.png").exists()  # one pair only
+    with pytest.raises(InputError, match=r"nowhere\.jsonl: no such file"):
+        command(report, "nowhere.jsonl", "--out", "OUT")
     (checkpoints / "bad.jsonl").write_text("{}\n[1]\n")
     with pytest.raises(InputError, match=r"bad\.jsonl:1: not a result of a task"):
         command(report, "bad.jsonl", "--out", "OUT")
