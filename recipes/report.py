@@ -2,8 +2,8 @@
 
 python recipes/report.py runs/mini/results.jsonl --out REPORT    # one or more files
 
-A model is known by its checkpoint's file name: results under one name in two files, folders or from two pre-training
-seeds are several runs of one model.
+A model is known by its checkpoint's file name: results under one name in two files, or from two pre-training seeds,
+are two runs of one model.
 """
 
 import argparse
@@ -74,9 +74,8 @@ def read_results(paths: list[Path]) -> list[dict]:
                 if value is not None and (before := seen.setdefault((what, name), value)) != value:
                     odd = f"{result['row']} in {what} with {name} {value}, not {before} as before"
                     raise InputError(f"{path}:{number}: {odd}; keep what cannot be compared in a file of its own")
-            found.pop(
-                key := (result["run"], task, result["language"]), None
-            )  # so that what is measured last comes last
+            key = result["run"], task, result["language"]
+            found.pop(key, None)  # so that what is measured last comes last
             found[key] = result
     if not found:
         names = " ".join(map(str, paths))

@@ -132,7 +132,7 @@ def test_what_was_measured_last_tells_what_a_model_is(command, checkpoints):
     assert "| bart-12e12d | 2.00e+09 | - | 3.000 |" in Path("OUT/tables.md").read_text()
 
 
-def test_seeds_that_were_measured_in_two_folders_are_two_runs(command, checkpoints):
+def test_two_seeds_under_one_name_are_two_runs(command, checkpoints):
     rows = [result("bart-12e12d", pretrained=seed, loss=loss) for seed, loss in ((0, 2.0), (1, 4.0))]
     command(report, write("a.jsonl", rows), "--out", "OUT")
     assert "| bart-12e12d | 2.00e+09 | - | 3.000 ± 1.414 |" in Path("OUT/tables.md").read_text()
