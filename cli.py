@@ -1,6 +1,7 @@
 """What every command shares: one-line errors, the exit status, the process's rank, and flags made from dataclasses."""
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import field, fields
 from pathlib import Path
+from typing import BinaryIO
 
 from tqdm import tqdm
 
@@ -99,6 +101,22 @@ def append_json(path: Path, *rows: dict) -> None:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
     except OSError as error:
         raise cannot_write(path, error) from None
+
+
+def lock_file(path: Path, busy: str) -> BinaryIO:
+    """Opens a file, or makes it, and locks it until it is closed; a killed process releases it, after 5 s at most.
+
+    Raises InputError with what `busy` says if another process has locked it.
+    """
+    file = open(path, "ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise InputError(busy) from None
+    except OSError as error:  # network file systems that cannot lock
+        say(f"{path}: cannot be locked ({error.strerror}); make sure that nothing else writes there")
+    return file
 
 
 def flag(default: object, text: str, **more: object) -> object:

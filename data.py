@@ -31,7 +31,7 @@ from threading import Thread
 import numpy as np
 from tqdm import tqdm
 
-from cli import InputError, run_command, say
+from cli import InputError, lock_file, run_command, say
 from objectives import ORDER, sample_rng
 from text import LAYOUT, Document, find_text, print_text, read_documents, text_lines
 from tokenizer import SpecialIds, adopt_tokenizer, load_tokenizer, train_tokenizer
@@ -44,7 +44,7 @@ BLOCK_BYTES = 1 << 19  # text handed to a worker at a time
 SHARD_TOKENS = 1 << 28
 MAGIC, HEADER = b"tokens01", 32  # bytes: the magic, 16 of the tokenizer's sha256, the number of tokens
 ENTRY = {"documents", "bytes", "words", "train", "valid", "seed", "valid_fraction", "text_field", "files"}
-AGAIN = "run data.py again with --tokenizer {}/tokenizer.model"
+AGAIN = "run data.py again with --tokenizer {}/tokenizer.model, without --vocab-size"
 FEW_TOKENS, LONG_ROW = 100_000, 512  # a language with less to train on, or less held out, gets a warning
 
 
@@ -89,7 +89,7 @@ def _encode_block(block: list[Document]) -> tuple[dict[str, np.ndarray], np.ndar
     for document in block:
         text = document.text()
         if lines := text_lines(text):
-            digest = blake2b(text.strip().encode(), digest_size=8, key=_worker["key"]).digest()
+            digest = blake2b(text.replace("\r\n", "\n").strip().encode(), digest_size=8, key=_worker["key"]).digest()
             split = "valid" if int.from_bytes(digest, "little") < _worker["share"] * 2**64 else "train"
             encoded = map(tokenizer.encode, lines)  # of a list SentencePiece makes threads, which cost a fifth
             tokens[split] += [np.array(line, type_) for line in (*encoded, [SpecialIds.eos])]
@@ -158,10 +158,12 @@ def _write_language(data_dir: Path, language: str, encoded: Iterator[tuple], mod
     """Writes a language's shards, then <lang>.json, which also holds `origin`: how they were made. It stays empty if no
     text is left to train on, or if none is held out though some should be.
     """
-    for leftover in data_dir.glob(f"{language}.*.tmp"):  # of a killed run
-        shutil.rmtree(leftover, ignore_errors=True)
-    shards, totals = {"train": {}, "valid": {}}, np.zeros(3, np.int64)
-    with tempfile.TemporaryDirectory(prefix=f"{language}.", suffix=".tmp", dir=data_dir) as folder:
+    description = data_dir / f"{language}.json"
+    busy = f"{data_dir}: another data.py is encoding {language!r}; wait for it, or give each other languages"
+    shards, totals, prefix = {"train": {}, "valid": {}}, np.zeros(3, np.int64), f"{language}."
+    with lock_file(description, busy), tempfile.TemporaryDirectory(".tmp", prefix, data_dir) as folder:
+        for leftover in {*data_dir.glob(f"{language}.*.tmp")} - {Path(folder)}:  # of a killed run
+            shutil.rmtree(leftover, ignore_errors=True)
         for tokens, counts in encoded:
             totals += counts
             for split, piece in tokens.items():
@@ -172,8 +174,8 @@ def _write_language(data_dir: Path, language: str, encoded: Iterator[tuple], mod
             with open(Path(folder) / shard, "r+b") as file:
                 file.write(_header(model, n))
             (Path(folder) / shard).rename(data_dir / shard)
-    counts = dict(zip(("documents", "bytes", "words"), totals.tolist()))
-    _write_whole(data_dir / f"{language}.json", json.dumps(counts | shards | origin, indent=1).encode())
+        counts = dict(zip(("documents", "bytes", "words"), totals.tolist()))
+        _write_whole(description, json.dumps(counts | shards | origin, indent=1).encode())
 
 
 def _open_folder(data_dir: Path, given: Path | None, train: Callable[[], bytes]) -> bytes:
@@ -412,6 +414,8 @@ def main() -> None:
     args = parser.parse_args()
     if not (0 <= args.valid_fraction < 1 and 0 <= args.seed < 1 << 64):
         raise InputError("--valid-fraction must be at least 0 and below 1, --seed from 0 to 2**64 - 1")
+    if args.tokenizer and args.vocab_size != parser.get_default("vocab_size"):
+        raise InputError("--vocab-size does nothing with --tokenizer; leave it out")
     print_text(*find_text(args.text_dir), args.text_field)
     print_table(prepare(**vars(args), n_workers=len(os.sched_getaffinity(0))))
 

@@ -1,15 +1,14 @@
 """The log of a run: the progress bar, metrics.jsonl, and the lock on the run's folder."""
 
-import fcntl
 import json
 import math
 from itertools import count
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 from tqdm import tqdm
 
-from cli import InputError, append_json, cannot_write, rank, say
+from cli import InputError, append_json, cannot_write, lock_file, rank, say
 from config import Run, run_checkpoints
 
 
@@ -35,18 +34,11 @@ class Log:
         self.lock = self._open(done) if rank() == 0 else None
         self.bar = tqdm(total=run.train.steps, initial=done, desc=run.out.name, disable=None if rank() == 0 else True)
 
-    def _open(self, done: int) -> TextIO:
-        """Locks the folder, prepares the log, and returns the lock. A killed process releases it, after 5 s at most."""
+    def _open(self, done: int) -> BinaryIO:
+        """Locks the folder, prepares the log, and returns the lock."""
         folder, state = self.run.folder, self.run.state
         folder.mkdir(exist_ok=True)
-        lock = open(folder / "lock", "w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            raise InputError(f"{folder}: another run is writing there; wait, or give another --out") from None
-        except OSError as error:  # network file systems that cannot lock
-            say(f"{folder}: cannot be locked ({error.strerror}); make sure that no other run writes there")
+        lock = lock_file(folder / "lock", f"{folder}: another run is writing there; wait, or give another --out")
         if state and (newest := run_checkpoints(folder)[-1]).stem != f"{done:09d}":
             lock.close()
             raise InputError(f"{newest}: another run has just saved it; start again to go on from there")

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data
+from cli import lock_file
 from data import InputError, TokenData, find_text, permuted, prepare
 from text import read_documents, text_lines
 from tokenizer import sample_lines, train_tokenizer
@@ -113,10 +114,11 @@ def test_workers_and_shard_size_change_nothing(text_dir, data_dir, tmp_path, mon
 
 
 def test_the_split_follows_the_text_not_its_place(text_dir, data_dir, tmp_path):
-    """Each document twice, in files of other names: both copies are on the same side."""
+    """Each document twice, in files of other names and line ends: both copies are on the same side."""
     for name in ("en/a.txt", "en/b.txt"):
         (tmp_path / "text" / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(text_dir / "en.txt", tmp_path / "text" / name)
+        ends = b"\r\n" if "b" in name else b"\n"
+        (tmp_path / "text" / name).write_bytes((text_dir / "en.txt").read_bytes().replace(b"\n", ends))
     prepare(tmp_path / "text", tmp_path / "out", 0, data_dir / "tokenizer.model", valid_fraction=0.2)
     for split in ("train", "valid"):
         assert all_tokens(tmp_path / "out", split)["en"] == 2 * all_tokens(data_dir, split)["en"]
@@ -285,6 +287,20 @@ def test_two_processes_encode_different_languages_into_one_folder(text_dir, data
     assert_same_data(tmp_path / "out", data_dir)
 
 
+def test_a_language_that_another_process_encodes_is_refused(text_dir, data_dir, tmp_path):
+    """The files of that process stay."""
+    work = tmp_path / "out" / "en.abc.tmp"
+    work.mkdir(parents=True)
+    shutil.copy(data_dir / "tokenizer.model", tmp_path / "out")
+    arguments = some(text_dir, tmp_path / "text", "en"), tmp_path / "out", 0, data_dir / "tokenizer.model", 0.2
+    refused = pytest.raises(InputError, match="out: another data.py is encoding 'en'; wait for it, or give each other")
+    with lock_file(tmp_path / "out" / "en.json", "locked"), refused:
+        prepare(*arguments)
+    assert work.exists()
+    prepare(*arguments)
+    assert not work.exists()
+
+
 def test_a_killed_run_is_continued_by_the_same_command(text_dir, data_dir, script, tmp_path):
     some(text_dir, tmp_path / "text", "de", "en", "hi")
     for language in ("en", "hi"):  # long enough to be killed in
@@ -380,6 +396,7 @@ def test_another_tokenizer_than_the_folders_is_refused(text_dir, data_dir, tmp_p
         (["text", "full/precious/out"], "full/precious/out: not a directory; "),
         (["text", "out", "--tokenizer", "nowhere"], "nowhere: no such file or directory"),
         (["text", "out", "--vocab-size", "lots"], "--vocab-size"),
+        (["text", "data", "--tokenizer", "data/tokenizer.model", "--vocab-size", "9"], "--vocab-size does nothing"),
         (["twice", "out"], "twice/en.txt and en.txt.gz: the same file, packed and unpacked; remove one"),
         (["text", "out", "--vocab-size", "900000"], "--vocab-size 900000 does not fit this text"),
     ],

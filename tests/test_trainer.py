@@ -753,7 +753,7 @@ def test_a_file_system_that_cannot_lock_nor_flush_a_folder(command, data_dir, tm
     monkeypatch.setattr(fcntl, "flock", flock)
     monkeypatch.setattr(os, "fsync", fsync)
     command(train_encoder, "--data", data_dir, *SMALL, *ROWS, "--steps", 2, "--save-every", 1)
-    said = f"enc.run: cannot be locked ({os.strerror(code)}); make sure that no other run writes there"
+    said = f"enc.run/lock: cannot be locked ({os.strerror(code)}); make sure that nothing else writes there"
     assert capsys.readouterr().out.count(said) == 1 and load_checkpoint(tmp_path / "enc.pt")
 
 
