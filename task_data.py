@@ -128,6 +128,7 @@ def records(task: str, path: Path) -> Iterator[tuple[int, dict]]:
             if len(row) > len(header):
                 raise InputError(f"{path}:{number}: {len(row)} columns, not {len(header)}; fix the line")
             row = dict(zip(header, row))
+        row = {name: "" if value is None else value for name, value in row.items()}  # null is no text
         record = {x: next((row[name] for name in names if name in row), None) for x, names in fields.items()}
         if None in record.values():
             needed = ", ".join(" or ".join(names) for names in fields.values())

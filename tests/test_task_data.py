@@ -219,11 +219,13 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
         read_files("nli", [tmp_path / "test.parquet"], "en")
 
 
-def test_a_class_that_the_schema_has_not(tmp_path):
+def test_a_class_that_the_schema_has_not(tmp_path, capsys):
     pytest.importorskip("pyarrow", reason="parquet files need pyarrow")
-    rows = [{"premise": "a", "hypothesis": "b", "label": -1}]  # as test sets without labels have it
-    with pytest.raises(InputError, match=r"test\.parquet:1: not all of"):
-        read(tmp_path / "test.parquet", (rows, {"label": list(task_data.NLI)}), "nli")
+    rows, names = [{"premise": "a", "hypothesis": "b", "label": k} for k in (-1, 0)], {"label": list(task_data.NLI)}
+    assert len(read(tmp_path / "dev.parquet", (rows, names), "nli")) == 1  # -1: no class, as "-"
+    assert "dev.parquet: 1 items without a class" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"test\.parquet: nothing in it"):
+        read(tmp_path / "test.parquet", (rows[:1], names), "nli")
 
 
 def test_quotes_of_csv_writers_and_other_quotes(tmp_path):
@@ -241,6 +243,9 @@ def test_what_is_dropped_is_counted(tmp_path, capsys):
     items = read(tmp_path / "a.tsv", "a\tb\tneutral\n\n \tb\tneutral\na\tb\t-\n", "nli")
     assert items == [Item(["a", "b"], label="neutral")]
     assert "a.tsv: 2 items without a class (-) or with an empty field dropped\n" in capsys.readouterr().out
+    rows = '{"source": "a", "target": "b"}\n{"source": null, "target": "b"}\n'
+    assert read(tmp_path / "a.jsonl", rows, "summ") == [Item(["a"], label="b")]
+    assert "a.jsonl: 1 items without" in capsys.readouterr().out
 
 
 def test_a_byte_order_mark_carriage_returns_and_line_separators(tmp_path):

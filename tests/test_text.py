@@ -56,6 +56,7 @@ def test_the_table_of_layouts(script):
 def test_what_is_found_is_printed(tmp_path, capsys):
     write(tmp_path / "en" / "a.txt", ["\n", *EN])
     write(tmp_path / "en" / "b.txt", b"a sentence on each line\n" * 5000)
+    write(tmp_path / "en" / "c.txt", b"a sentence and the next " * 5000)
     write(tmp_path / "my corpus" / "x_clean_0000.jsonl.gz", [r"one\ntwo"])
     for i in range(1200):
         (tmp_path / "en" / f"{i:04}.pdf").touch()
@@ -64,11 +65,12 @@ def test_what_is_found_is_printed(tmp_path, capsys):
     size = sum(path.stat().st_size for path in (tmp_path / "en").iterdir())
     assert head == "language    files             bytes  begins"
     assert lines == [
-        f"en              2           {size:7,}  A tram climbs the hill. It stops at the school. a sentence o",
+        f"en              3           {size:7,}  A tram climbs the hill. It stops at the school. a sentence o",
         f"my corpus       1           {next((tmp_path / 'my corpus').iterdir()).stat().st_size:7}  one two",
         "not a language code (such as hi, zh-Hans, als_Latn), rename: my corpus",
         f"{tmp_path}/en/0000.pdf and 1,199 more: not read (not a format that data.py reads)",
         f"{tmp_path}/en/b.txt: few blank lines, cut into documents of 64 kB",
+        f"{tmp_path}/en/c.txt: a line of over 64 kB is one document; break it up",
         rf"{tmp_path}/my corpus/x_clean_0000.jsonl.gz: MADLAD-400, \n read as the end of a line",
     ]
 
