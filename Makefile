@@ -6,7 +6,7 @@
 # make soak      200 kills of training runs at random moments, each resumed (about 10 minutes)
 
 PYTHON ?= python3
-BIN := $(CURDIR)/.venv/bin
+BIN := "$(CURDIR)/.venv/bin"
 
 .PHONY: demo test test-all bench gpu soak clean
 
@@ -35,7 +35,7 @@ test: .venv/ready
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-all: test .venv-old/ready
-	TRANSFORMERS_OLD=$(CURDIR)/.venv-old/bin/python $(BIN)/python -m pytest -n 2 -m slow
+	TRANSFORMERS_OLD="$(CURDIR)/.venv-old/bin/python" $(BIN)/python -m pytest -n 2 -m slow
 	$(BIN)/python tests/soak.py --kills 40
 
 bench: .venv/ready
