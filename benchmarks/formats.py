@@ -19,6 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from corpus_layouts import write  # noqa: E402
 
+from cli import run_command  # noqa: E402
 from data import read_meta  # noqa: E402
 from text import find_text, read_documents  # noqa: E402
 
@@ -64,4 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 import transformers  # noqa: E402
 
 import trainer  # noqa: E402
-from cli import append_json, run_command  # noqa: E402
+from cli import InputError, append_json, run_command  # noqa: E402
 from config import PRESETS  # noqa: E402
 from data import TokenData  # noqa: E402
 from log import read_metrics  # noqa: E402
@@ -174,6 +174,8 @@ def report(args: argparse.Namespace) -> None:
     """Prints seconds and tokens to the loss that each peer ends at, beside ours, and draws all curves."""
     tokens = args.batch_size * args.seq_len
     curves = {log.parent.name: curve(log, tokens) for log in sorted(args.out.glob("*/metrics.jsonl"))}
+    if not curves:
+        raise InputError(f"{args.out}: no runs in it; leave out --report to train them")
     print(f"{'run':34} {'loss':>6} {'tokens':>11} {'seconds':>8}  ours to this loss: tokens, seconds; fewer by")
     for name, points in curves.items():
         line = f"{name:34} {points[-1][2]:6.3f} {points[-1][0]:11,} {points[-1][1]:8,.0f}" if points else f"{name:34} -"
