@@ -90,7 +90,7 @@ def run_command(main: Callable[[], None]) -> None:
 def cannot_write(path: Path, error: Exception) -> InputError:
     """What to raise if a run cannot write a file: the error of a full disk does not name it."""
     reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-    remedy = "make room (or its folder) or give another --out; --resume continues a run"
+    remedy = "make room (or its folder) or give another --out; a training run continues with --resume"
     return InputError(f"{path}: cannot be written ({reason}); {remedy}")
 
 

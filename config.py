@@ -160,13 +160,17 @@ def make_run(kind: str, flags: dict, objective: type) -> Run:
     train = build(TrainConfig, settings)
     data = open_data(train.data, train.seq_len, train.seed, train.alpha)
     if state and state["data"] != data.fingerprint:
-        raise InputError(f"{train.data}: not the data that {newest} was trained on; give that with --data")
+        remedy = "give that with --data or, if languages were added to it, move their <lang>.* away"
+        raise InputError(f"{train.data}: not the data that {newest} was trained on; {remedy}")
     if init and init["tokenizer"] != data.tokenizer_model:
         raise InputError(f"{train.data}: its tokenizer is not that of {settings['init']}; use --tokenizer there")
     settings["vocab_size"] = data.ids.vocab_size
     model = build(ModelConfig, settings)
     if train.seq_len > model.max_len:
         raise InputError(f"--seq-len {train.seq_len}: the model has {model.max_len} positions; lower it")
+    if state and train.steps > state["settings"]["steps"]:
+        extended = f"extended from {state['settings']['steps']:,} to {train.steps:,} steps"
+        say(f"{out}: {extended}; the learning rate follows the longer schedule")
     return Run(kind, out, settings, train, model, build(objective, settings), data, init, state)
 
 
@@ -177,8 +181,6 @@ def _resumed(out: Path, newest: Path, state: dict, preset: dict, flags: dict) ->
     if flags.get("steps", 0) > stored["steps"]:
         free["steps"] = flags.pop("steps")
         free["first_steps"] = stored.get("first_steps") or stored["steps"] or free["steps"]  # 0: was initialised only
-        extended = f"extended from {stored['steps']:,} to {free['steps']:,} steps"
-        say(f"{out}: {extended}; the learning rate follows the longer schedule")
     if out.exists() and state["spent"]["steps"] < stored["steps"] and not stored.get("first_steps"):
         raise InputError(f"{out}: exists but is not the result of this run, which is unfinished; move it away")
     _must_agree(preset | {"dropout": stored["dropout"]} | flags, stored, newest)  # --init's, whatever the preset's

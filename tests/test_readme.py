@@ -17,6 +17,7 @@ import extract
 import objectives
 import train_encoder
 import train_seq2seq
+from checkpoint import load_checkpoint
 from tokenizer import SpecialIds
 
 TEXT = (ROOT / "README.md").read_text("utf-8")
@@ -104,7 +105,7 @@ def test_how_to_change_it(user, data_dir):
     user(f"torchrun train_encoder.py --data {data_dir} --out enc.pt")
     (line,) = re.findall(r"`(python topics\.py [^`]*)`", RECIPES)
     for name, words in (
-        ("shuffled.py", f"python shuffled.py --data {data_dir} --out s.pt --steps 2 --batch-size 4"),
+        ("shuffled.py", "python shuffled.py --init enc.pt --unfreeze-at 1 --out s.pt --steps 2 --batch-size 4"),
         ("topics.py", f"{line} --epochs 1"),
     ):
         assert sum(bool(x) and x[0] != "#" for x in scripts[name].splitlines()) <= 10
@@ -112,7 +113,8 @@ def test_how_to_change_it(user, data_dir):
         line_ = [sys.executable, *words.split()[1:]]
         done = subprocess.run(line_, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    assert re.search(r"en +8 +\d+\.\d\d", done.stdout) and Path("s.pt").exists()
+    stage = load_checkpoint(Path("s.pt"))["history"][-1]
+    assert re.search(r"en +8 +\d+\.\d\d", done.stdout) and stage["flops"] < stage["thawed_flops"]
 
 
 def test_the_drawn_objectives():

@@ -596,12 +596,13 @@ def test_a_checkpoint_to_resume_from_can_be_evaluated(command, data_dir, encoder
     assert capsys.readouterr().out == whole
 
 
-def test_resume_on_other_data_is_refused(command, data_dir, encoder, tmp_path):
+def test_resume_on_other_data_is_refused(command, data_dir, encoder, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(data_dir, other)
     (other / "de.json").unlink()
     with pytest.raises(InputError, match="other: not the data that"):
-        command(train_encoder, "--resume", "--data", other)
+        command(train_encoder, "--resume", "--data", other, "--steps", 9)
+    assert "extended" not in capsys.readouterr().out
 
 
 def test_init_of_the_wrong_kind_or_tokenizer_is_refused(command, data_dir, text_dir, encoder, tmp_path):
