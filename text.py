@@ -115,10 +115,10 @@ def print_text(found: dict[str, list[Path]], skipped: list[tuple[Path, str]], te
         words = " ".join(document.text()[:200] for document in firsts).split()
         print(f"{language:9} {len(files):7,} {sum(path.stat().st_size for path in files):17,}  {' '.join(words)[:60]}")
         for first in firsts:
-            if _kind(first.path) == "txt" and len(first.raw) > MAX_DOCUMENT:
-                said.append((first.path, f"a line of over {MAX_DOCUMENT >> 10} kB is one document; break it up"))
-            elif _kind(first.path) == "txt" and len(first.raw) > MAX_DOCUMENT // 2:
-                said.append((first.path, f"few blank lines, cut into documents of {MAX_DOCUMENT >> 10} kB"))
+            if _kind(first.path) == "txt" and len(first.raw) > MAX_DOCUMENT // 2:
+                limit, is_line = f"{MAX_DOCUMENT >> 10} kB", len(first.raw) > MAX_DOCUMENT
+                cut = f"few blank lines, cut into documents of {limit}"
+                said.append((first.path, f"a line of over {limit} is one document; break it up" if is_line else cut))
         said += [(path, r"MADLAD-400, \n read as the end of a line") for path in files if MADLAD.fullmatch(path.name)]
     if odd := [language for language in found if not CODE.fullmatch(language)]:
         print(f"not a language code (such as hi, zh-Hans, als_Latn), rename: {', '.join(odd)}")

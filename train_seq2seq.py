@@ -52,6 +52,13 @@ def decoder_from_encoder(weights: dict[str, Tensor], cfg: ModelConfig) -> dict[s
     return {f"decoder.{x}": weights[f"encoder.{y}"] for x, y in source.items() if f"encoder.{y}" in weights}
 
 
+def frozen_at(run: trainer.Run) -> trainer.Frozen:
+    """Whether the encoder is frozen in a step: up to the share --unfreeze-at of the updates that the run began with."""
+    share = run.objective.unfreeze_at
+    thaw = round(share * run.train.begun_steps, 6)  # 0.55 * 100 is slightly more than 55 in floating point
+    return lambda step: step < thaw or share == 1  # 1 also holds for an extended run
+
+
 def main() -> None:
     run = trainer.start(__doc__, "seq2seq", DenoiseConfig)
     cfg = run.objective
@@ -67,9 +74,7 @@ def main() -> None:
         run.init["weights"] |= decoder_from_encoder(run.init["weights"], run.model)
     # Held-out losses leave causal rows out, as those of eval.py do, so that they can be compared.
     objective, scored = (seq2seq_objective(run.data.ids, x) for x in (cfg, replace(cfg, clm_fraction=0.0)))
-    thaw = round(cfg.unfreeze_at * run.train.begun_steps, 6)  # 0.55 * 100 is slightly more than 55 in floating point
-    frozen = lambda step: step < thaw or cfg.unfreeze_at == 1  # 1 also holds for an extended run
-    trainer.fit(run, objective, frozen, scored)
+    trainer.fit(run, objective, frozen_at(run), scored)
 
 
 if __name__ == "__main__":
