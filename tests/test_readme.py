@@ -155,7 +155,10 @@ def test_every_file_and_function_that_is_named_exists():
         assert re.search(rf"^(def|class) {name}\b", code, re.M), name
 
 
-@pytest.mark.parametrize("name", "midi mini long learned/mini learned/three learned/twelve learned/plateau".split())
+LEARNED = [f"learned/{name}" for name in ("mini", "three", "twelve", "plateau")]
+
+
+@pytest.mark.parametrize("name", ["midi", "mini", "long", *LEARNED])
 def test_the_results_are_those_of_the_files(tmp_path, command, name):
     """The tables are made again from the collected numbers; the pages have the claim's losses as they are there."""
     files = sorted((ROOT / "results").glob(f"{name}*/results.jsonl"))
